@@ -1,0 +1,124 @@
+"""The semantic ops: what a find is rewritten to, before any kernel is chosen.
+
+`braze::moe`, `braze::rope` and `braze::grouped_mm` are functional; each has a fake kernel (shapes), a reference in
+float32 (braze.kernels.reference) and a decomposition into ATen ops, which is also how they run when called eagerly.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from braze.kernels import aten
+from braze.kernels.spec import MoeSpec, RopeSpec
+
+MOE_SCHEMA = (
+    "(Tensor x, Tensor ids, Tensor weights, Tensor w1, Tensor w2, Tensor? b1=None, Tensor? b2=None, *, "
+    'str activation="g*u*sigmoid(g)", str layout="halves", bool transposed=False, str weight_on="output", '
+    "float scale=1.0, ScalarType? out_dtype=None) -> Tensor"
+)
+ROPE_SCHEMA = (
+    "(Tensor x, Tensor cos, Tensor sin, *, int rotary_dim, int start=0, str layout_in='half', "
+    "str layout_out='half', bool inverse=False, ScalarType? out_dtype=None) -> Tensor"
+)
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+torch.library.define("braze::moe", MOE_SCHEMA, tags=_TAGS)
+torch.library.define("braze::rope", ROPE_SCHEMA, tags=_TAGS)
+torch.library.define("braze::grouped_mm", "(Tensor x, Tensor w, Tensor offs) -> Tensor", tags=_TAGS)
+
+
+def check_moe(x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, spec: MoeSpec) -> None:
+    """RuntimeError where the tensors do not fit together; shapes as in `braze.kernels.reference.moe`."""
+    torch._check(x.ndim == 2, lambda: f"moe: x must be [T, H], not {tuple(x.shape)}")
+    torch._check(
+        ids.ndim == 2 and not ids.is_floating_point(),
+        lambda: f"moe: ids must be integers [T, k], not {ids.dtype} {tuple(ids.shape)}",
+    )
+    torch._check(
+        ids.shape == weights.shape,
+        lambda: f"moe: ids {tuple(ids.shape)} and weights {tuple(weights.shape)} differ",
+    )
+    torch._check(
+        ids.shape[0] == x.shape[0], lambda: f"moe: {ids.shape[0]} rows of ids for {x.shape[0]} tokens"
+    )
+    torch._check(
+        w1.ndim == 3 and w2.ndim == 3 and w1.shape[0] == w2.shape[0],
+        lambda: f"moe: weights {tuple(w1.shape)} and {tuple(w2.shape)}",
+    )
+    hidden, columns = (1, 2) if spec.transposed else (2, 1)
+    gates = 1 if spec.layout == "none" else 2
+    torch._check(
+        w1.shape[hidden] == x.shape[1], lambda: f"moe: w1 {tuple(w1.shape)} for a hidden size of {x.shape[1]}"
+    )
+    torch._check(
+        w2.shape[columns] == x.shape[1],
+        lambda: f"moe: w2 {tuple(w2.shape)} for a hidden size of {x.shape[1]}",
+    )
+    torch._check(
+        w1.shape[columns] == gates * w2.shape[hidden],
+        lambda: f"moe: w1 {tuple(w1.shape)} and w2 {tuple(w2.shape)} do not fit layout {spec.layout!r}",
+    )
+
+
+def check_rope(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec) -> None:
+    """RuntimeError where the tensors do not fit together; shapes as in `braze.kernels.reference.rope`."""
+    r = spec.rotary_dim
+    torch._check(
+        spec.start + r <= x.shape[-1],
+        lambda: f"rope: {spec.start} + rotary size {r} exceeds the head size {x.shape[-1]}",
+    )
+    torch._check(
+        cos.shape[-1] == sin.shape[-1], lambda: f"rope: tables of {cos.shape[-1]} and {sin.shape[-1]} columns"
+    )
+    torch._check(
+        cos.shape[-1] in (r, r // 2),
+        lambda: f"rope: tables of {cos.shape[-1]} columns for a rotary size of {r}",
+    )
+    for table in (cos, sin):
+        torch.broadcast_shapes(table.shape[:-1], x.shape[:-1])
+
+
+
+@torch.library.register_fake("braze::moe")
+def _moe_fake(
+    x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w2: Tensor,
+    b1: Tensor | None = None, b2: Tensor | None = None, **attributes: Any,
+) -> Tensor:  # fmt: skip
+    spec = MoeSpec(**attributes)
+    check_moe(x, ids, weights, w1, w2, spec)
+    return x.new_empty(x.shape, dtype=spec.out_dtype or x.dtype)
+
+
+@torch.library.impl("braze::moe", "CompositeExplicitAutograd")
+def _moe(
+    x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w2: Tensor,
+    b1: Tensor | None = None, b2: Tensor | None = None, **attributes: Any,
+) -> Tensor:  # fmt: skip
+    spec = MoeSpec(**attributes)
+    check_moe(x, ids, weights, w1, w2, spec)
+    return aten.moe(x, ids, weights, w1, w2, b1, b2, spec)
+
+
+@torch.library.register_fake("braze::rope")
+def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor, **attributes: Any) -> Tensor:
+    spec = RopeSpec(**attributes)
+    check_rope(x, cos, sin, spec)
+    return x.new_empty(x.shape, dtype=spec.out_dtype or x.dtype)
+
+
+@torch.library.impl("braze::rope", "CompositeExplicitAutograd")
+def _rope(x: Tensor, cos: Tensor, sin: Tensor, **attributes: Any) -> Tensor:
+    spec = RopeSpec(**attributes)
+    check_rope(x, cos, sin, spec)
+    return aten.rope(x, cos, sin, spec)
+
+
+@torch.library.register_fake("braze::grouped_mm")
+def _grouped_mm_fake(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[2])
+
+
+@torch.library.impl("braze::grouped_mm", "CompositeExplicitAutograd")
+def _grouped_mm(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+    return aten.grouped_mm_eager(x, w, offs)

@@ -1,0 +1,69 @@
+"""The ops as compositions of ATen ops: correct on every device, fused by Inductor around the products.
+
+Experts: sort the T*k (token, slot) rows by expert, so that each expert's rows are one dense block; two grouped products with
+the activation between; undo the sort by its inverse permutation and add up each token's k rows.
+"""
+
+import torch
+from braze.kernels import reference
+from braze.kernels.expression import apply_torch
+from braze.kernels.spec import MoeSpec
+from torch import Tensor
+
+rope = reference.rope  # the reference is already one fusible pass: slices, products, cat
+
+
+def moe(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    spec: MoeSpec,
+) -> Tensor:
+    """As `braze.kernels.reference.moe`; products in x's dtype, all else in float32."""
+    tokens, k = ids.shape
+    experts = w1.shape[0]
+    flat = ids.reshape(-1)
+    flat = torch.where((flat < 0) | (flat >= experts), experts, flat)
+    expert, perm = torch.sort(flat, stable=True)
+    ends = torch.searchsorted(expert, torch.arange(experts, device=x.device, dtype=expert.dtype), right=True)
+    w = weights.reshape(-1)[perm].float()[:, None]
+    valid = (expert < experts)[:, None]
+    bias_row = expert.clamp(max=experts - 1)
+
+    h = torch.ops.braze.grouped_mm(x[perm // k], w1 if spec.transposed else w1.transpose(1, 2), ends).float()
+    if spec.weight_on == "input":
+        h = h * w
+    if b1 is not None:
+        h = h + b1[bias_row].float()
+    act = apply_torch(spec.activation, *reference.split_gate_up(h, spec.layout)).to(x.dtype)
+    y = torch.ops.braze.grouped_mm(act, w2 if spec.transposed else w2.transpose(1, 2), ends).float()
+    if b2 is not None:
+        y = y + b2[bias_row].float()
+    if spec.weight_on == "output":
+        y = y * w
+    y = torch.where(valid, y, 0.0)
+
+    inverse = torch.empty_like(perm).scatter(0, perm, torch.arange(tokens * k, device=x.device))
+    out = y[inverse].reshape(tokens, k, -1).sum(1)
+    return (out if spec.scale == 1.0 else out * spec.scale).to(spec.out_dtype or x.dtype)
+
+
+def grouped_mm_eager(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+    """x [S, K] in E blocks of rows that end at offs [E]; w [E, K, N] -> [S, N]; rows past offs[-1] are undefined.
+
+    On a CPU each block is a product of its own, without the empty ones; elsewhere torch's grouped product does
+    bfloat16 with no synchronisation, and other dtypes wait for the offsets.
+    """
+    if x.device.type != "cpu" and x.dtype == torch.bfloat16:
+        return torch._grouped_mm(x, w, offs.to(torch.int32))
+    out = x.new_empty(x.shape[0], w.shape[2])
+    begin = 0
+    for e, end in enumerate(offs.tolist()):
+        if end > begin:
+            torch.mm(x[begin:end], w[e], out=out[begin:end])
+        begin = end
+    return out

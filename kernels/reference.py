@@ -1,0 +1,78 @@
+"""The meaning of `braze::moe` and `braze::rope` in plain PyTorch: what every kernel is compared with.
+
+Computed in float32, or in float64 where x is float64, and rounded once at the end. Clarity before speed.
+"""
+
+import torch
+from braze.kernels.expression import apply_torch
+from braze.kernels.spec import MoeSpec, PairLayout, RopeSpec
+from torch import Tensor
+
+
+def split_gate_up(h: Tensor, layout: str) -> tuple[Tensor, Tensor | None]:
+    """Columns [..., N] of the first product -> (g, u), each [..., I]; u is None where there is no gate."""
+    if layout == "none":
+        return h, None
+    if layout == "interleaved":
+        return h[..., 0::2], h[..., 1::2]
+    half = h.shape[-1] // 2
+    return h[..., :half], h[..., half:]
+
+
+def moe(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    spec: MoeSpec,
+) -> Tensor:
+    """x [T, H], ids and weights [T, k], w1, w2, b1 [E, N], b2 [E, H] -> [T, H]. An id outside 0..E-1 adds nothing."""
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    out = torch.zeros_like(x, dtype=acc)
+    for e in range(w1.shape[0]):
+        tokens, slots = torch.nonzero(ids == e, as_tuple=True)
+        w = weights[tokens, slots].to(acc)[:, None]
+        up = w1[e].to(acc) if spec.transposed else w1[e].to(acc).T
+        down = w2[e].to(acc) if spec.transposed else w2[e].to(acc).T
+        h = (x[tokens].to(acc) * w if spec.weight_on == "input" else x[tokens].to(acc)) @ up
+        if b1 is not None:
+            h = h + b1[e].to(acc)
+        y = apply_torch(spec.activation, *split_gate_up(h, spec.layout)) @ down
+        if b2 is not None:
+            y = y + b2[e].to(acc)
+        out.index_add_(0, tokens, y * w if spec.weight_on == "output" else y)
+    return (out * spec.scale).to(spec.out_dtype or x.dtype)
+
+
+def _pairs(x: Tensor, layout: PairLayout) -> tuple[Tensor, Tensor]:
+    if layout == "interleaved":
+        return x[..., 0::2], x[..., 1::2]
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
+
+
+def _join(a: Tensor, b: Tensor, layout: PairLayout) -> Tensor:
+    return torch.stack((a, b), -1).flatten(-2) if layout == "interleaved" else torch.cat((a, b), -1)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec) -> Tensor:
+    """x [..., D]; cos and sin broadcast against x[..., :R] or x[..., :R/2] -> [..., D].
+
+    Tables of width R/2 hold one value a pair; tables of width R one value an output element, in the order of the
+    output's layout.
+    """
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    end = spec.start + spec.rotary_dim
+    a, b = _pairs(x[..., spec.start : end].to(acc), spec.layout_in)
+    c, s = cos.to(acc), -sin.to(acc) if spec.inverse else sin.to(acc)
+    if cos.shape[-1] == spec.rotary_dim:
+        (ca, cb), (sa, sb) = _pairs(c, spec.layout_out), _pairs(s, spec.layout_out)
+    else:
+        ca = cb = c
+        sa = sb = s
+    rotated = _join(a * ca - b * sa, b * cb + a * sb, spec.layout_out).to(spec.out_dtype or x.dtype)
+    parts = (x[..., : spec.start].to(rotated.dtype), rotated, x[..., end:].to(rotated.dtype))
+    return torch.cat([p for p in parts if p.shape[-1]], -1)
