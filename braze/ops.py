@@ -39,18 +39,14 @@ def check_moe(x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, s
         ids.shape == weights.shape,
         lambda: f"moe: ids {tuple(ids.shape)} and weights {tuple(weights.shape)} differ",
     )
-    torch._check(
-        ids.shape[0] == x.shape[0], lambda: f"moe: {ids.shape[0]} rows of ids for {x.shape[0]} tokens"
-    )
+    torch._check(ids.shape[0] == x.shape[0], lambda: f"moe: {ids.shape[0]} rows of ids for {x.shape[0]} tokens")
     torch._check(
         w1.ndim == 3 and w2.ndim == 3 and w1.shape[0] == w2.shape[0],
         lambda: f"moe: weights {tuple(w1.shape)} and {tuple(w2.shape)}",
     )
     hidden, columns = (1, 2) if spec.transposed else (2, 1)
     gates = 1 if spec.layout == "none" else 2
-    torch._check(
-        w1.shape[hidden] == x.shape[1], lambda: f"moe: w1 {tuple(w1.shape)} for a hidden size of {x.shape[1]}"
-    )
+    torch._check(w1.shape[hidden] == x.shape[1], lambda: f"moe: w1 {tuple(w1.shape)} for a hidden size of {x.shape[1]}")
     torch._check(
         w2.shape[columns] == x.shape[1],
         lambda: f"moe: w2 {tuple(w2.shape)} for a hidden size of {x.shape[1]}",
@@ -68,16 +64,13 @@ def check_rope(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec) -> None:
         spec.start + r <= x.shape[-1],
         lambda: f"rope: {spec.start} + rotary size {r} exceeds the head size {x.shape[-1]}",
     )
-    torch._check(
-        cos.shape[-1] == sin.shape[-1], lambda: f"rope: tables of {cos.shape[-1]} and {sin.shape[-1]} columns"
-    )
+    torch._check(cos.shape[-1] == sin.shape[-1], lambda: f"rope: tables of {cos.shape[-1]} and {sin.shape[-1]} columns")
     torch._check(
         cos.shape[-1] in (r, r // 2),
         lambda: f"rope: tables of {cos.shape[-1]} columns for a rotary size of {r}",
     )
     for table in (cos, sin):
         torch.broadcast_shapes(table.shape[:-1], x.shape[:-1])
-
 
 
 @torch.library.register_fake("braze::moe")

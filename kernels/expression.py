@@ -72,9 +72,7 @@ def _build(node: ast.expr, text: str) -> sympy.Expr:
                     return x**y
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in FUNCTIONS:
             return FUNCTIONS[name](*(_build(a, text) for a in args))
-    raise ValueError(
-        f"not an activation: {text!r} (at {ast.unparse(node)!r}; known: g, u, {', '.join(FUNCTIONS)})"
-    )
+    raise ValueError(f"not an activation: {text!r} (at {ast.unparse(node)!r}; known: g, u, {', '.join(FUNCTIONS)})")
 
 
 def emit(expr: sympy.Expr, ops: Mapping[str, Callable[..., Any]], leaves: Mapping[str, Any]) -> Any:
@@ -96,9 +94,7 @@ def emit(expr: sympy.Expr, ops: Mapping[str, Callable[..., Any]], leaves: Mappin
             num, den = _fraction(e)
             sign = num and num[0] == -1
             value = (
-                reduce(need("mul"), map(go, num[1:] if sign else num))
-                if num[bool(sign) :]
-                else go(sympy.Integer(1))
+                reduce(need("mul"), map(go, num[1:] if sign else num)) if num[bool(sign) :] else go(sympy.Integer(1))
             )
             if den:
                 value = need("div")(value, reduce(need("mul"), map(go, den)))
