@@ -1,7 +1,7 @@
 """The ops as compositions of ATen ops: correct on every device, fused by Inductor around the products.
 
-Experts: sort the T*k (token, slot) rows by expert, so that each expert's rows are one dense block; two grouped products with
-the activation between; undo the sort by its inverse permutation and add up each token's k rows.
+Experts: sort the T*k (token, slot) rows by expert, so that each expert's rows are one dense block; two grouped products
+with the activation between; undo the sort by its inverse permutation and add up each token's k rows.
 """
 
 import torch

@@ -1,0 +1,85 @@
+"""The scalar function between two expert products: an element of the second's input over elements of the first's output.
+
+Biases are part of what they are added to: g and u are the first product's columns with bias. silu's expanded form,
+x / (1 + exp(-x)), becomes x * sigmoid(x), so that every spelling has one text.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+from sympy.printing.str import StrPrinter
+
+from braze.kernels.expression import sigmoid
+from braze.passes.elements import Expr
+
+
+class NotScalar(Exception):
+    """Why an expression is no activation."""
+
+
+_SYMPY: dict[str, Callable[..., Any]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "neg": lambda a: -a,
+    "max": sympy.Max,
+    "min": sympy.Min,
+    "abs": sympy.Abs,
+    "exp": sympy.exp,
+    "log": sympy.log,
+    "sqrt": sympy.sqrt,
+    "rsqrt": lambda a: 1 / sympy.sqrt(a),
+    "tanh": sympy.tanh,
+    "erf": sympy.erf,
+    "sigmoid": sigmoid,
+}
+
+
+class _Printer(StrPrinter):  # type: ignore[misc]
+    def _print_Float(self, expr: sympy.Float) -> str:
+        return repr(float(expr))
+
+
+def text(expr: Expr, symbols: Mapping[Expr, sympy.Symbol]) -> str:
+    """The activation as text, with `symbols` for the expressions that stand for g and u; NotScalar where it is none."""
+    memo: dict[Expr, Any] = {}
+
+    def go(e: Expr) -> Any:
+        if e in symbols:
+            return symbols[e]
+        if e not in memo:
+            memo[e] = _node(e, go)
+        return memo[e]
+
+    found = go(expr).replace(_is_logistic, lambda e: sigmoid(-_exponent(e.base)))
+    return str(_Printer().doprint(found))
+
+
+def _node(e: Expr, go: Callable[[Expr], Any]) -> Any:
+    if e.op == "const":
+        value = e.args[0]
+        if isinstance(value, float) and not value.is_integer():
+            return sympy.Float(value, 17)
+        return sympy.Integer(int(value)) if abs(value) < 2**53 else sympy.Float(value, 17)
+    if e.op == "load":
+        raise NotScalar(f"the activation depends on {e.args[0].name}")
+    if e.op not in _SYMPY:
+        raise NotScalar(f"the activation uses {e.op}")
+    return _SYMPY[e.op](*map(go, e.args))
+
+
+def _is_logistic(e: Any) -> bool:
+    return bool(e.is_Pow and e.exp == -1 and _exponent(e.base) is not None)
+
+
+def _exponent(base: Any) -> Any:
+    """z where base is 1 + exp(z)."""
+    if base.is_Add and len(base.args) == 2:
+        one, other = base.args
+        if other == 1:
+            one, other = other, one
+        if one == 1 and isinstance(other, sympy.exp):
+            return other.args[0]
+    return None

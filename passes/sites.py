@@ -1,0 +1,100 @@
+"""The normal form of a find, whatever way the model spelled it, and of a near miss.
+
+A site names graph nodes (its inputs and its root, the node whose value the semantic op gives) and the op's attributes;
+`Finding` and `NearMiss` are what is left of it for a report: plain data with the model's source line.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import fx
+
+from braze.kernels.spec import MoeSpec, RopeSpec
+
+Kind = Literal["rope", "moe", "router"]
+KINDS: tuple[Kind, ...] = ("rope", "moe", "router")
+
+
+@dataclass(frozen=True)
+class RopeSite:
+    """root = braze::rope(x, cos, sin, spec). x and root have one shape [..., D]; tables broadcast against it."""
+
+    root: fx.Node
+    x: fx.Node
+    cos: fx.Node
+    sin: fx.Node
+    spec: RopeSpec
+    form: str
+
+
+@dataclass(frozen=True)
+class MoeSite:
+    """root [T, H] = braze::moe(x [T, H], ids [T, k], weights [T, k], w1, w2, b1, b2, spec).
+
+    values: what weights are computed from by new nodes, where the graph has no such node itself; else weights.
+    """
+
+    root: fx.Node
+    x: fx.Node
+    ids: fx.Node
+    weights: fx.Node
+    w1: fx.Node
+    w2: fx.Node
+    b1: fx.Node | None
+    b2: fx.Node | None
+    values: fx.Node
+    spec: MoeSpec
+    dispatch: str
+
+
+Site = RopeSite | MoeSite
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """Something that looked like a site and was left as it was. stage: which step refused it."""
+
+    kind: Kind
+    root: str
+    stage: Literal["find", "prove", "rewrite"]
+    reason: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fused site, as data: normal form, the kernel chosen and why, the proof's outcome, the model's source line."""
+
+    kind: Kind
+    form: str
+    dims: dict[str, Any] = field(default_factory=dict)
+    kernel: str = ""
+    why: str = ""
+    proof: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """What the passes did to one captured graph."""
+
+    nodes: int
+    sites: tuple[Finding, ...] = ()
+    near_misses: tuple[NearMiss, ...] = ()
+    errors: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
+
+
+def source_line(nodes: Sequence[fx.Node]) -> str:
+    """"file:line in function" of the innermost model frame that the first of `nodes` with a stack trace carries."""
+    for node in nodes:
+        frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+        if frames:
+            file, line, function = frames[-1]
+            return f"{file}:{line} in {function}"
+    return "unknown"
