@@ -247,7 +247,9 @@ def _terms(pair: Pair, root: fx.Node, chain: set[fx.Node], at: Position, ev: Ele
 
 def _is_bias(atom: Expr, column: int, ev: Elements) -> bool:
     """Whether an added element comes from the last column of a bias [experts, hidden]."""
-    return any(len(idx) == 2 and idx[1] == column and ev.shape(node)[1] == column + 1 for node, idx in trail(*atom.args, ev))
+    return any(
+        len(idx) == 2 and idx[1] == column and ev.shape(node)[1] == column + 1 for node, idx in trail(*atom.args, ev)
+    )
 
 
 def _one_atom(term: Term) -> Expr | None:

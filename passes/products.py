@@ -1,7 +1,7 @@
 """The matrix products that experts are made of, each as a sum over an inner index of two elements.
 
-    grouped:  out[r, n]    = sum_i x[r, i] W[expert of r, i, n],   rows in blocks that end at offs
-    batched:  out[b, m, n] = sum_i A[b, m, i] B[b, i, n],           one side of which holds expert weights
+grouped:  out[r, n]    = sum_i x[r, i] W[expert of r, i, n],   rows in blocks that end at offs
+batched:  out[b, m, n] = sum_i A[b, m, i] B[b, i, n],           one side of which holds expert weights
 """
 
 from dataclasses import dataclass

@@ -84,7 +84,9 @@ def moe(site: MoeSite, sizes: Sequence[Sizes]) -> str:
         inputs = _small_inputs(site, binding)
         try:
             expected = small.run(site.root, inputs, binding)
-            weights = small.run(site.weights, inputs, binding) if site.weights is not site.values else inputs[site.values]
+            weights = (
+                small.run(site.weights, inputs, binding) if site.weights is not site.values else inputs[site.values]
+            )
         except (small.CannotShrink, Unknown) as e:
             raise Refused(str(e)) from None
         biases = (inputs[b] if b is not None else None for b in (site.b1, site.b2))

@@ -379,4 +379,3 @@ def _form(spec: RopeSpec, head: int) -> str:
         end = spec.start + spec.rotary_dim
         name += f", partial [{spec.start}:{end}] of {head}" if spec.start else f", partial {spec.rotary_dim} of {head}"
     return name + (", opposite angle" if spec.inverse else "")
-

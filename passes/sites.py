@@ -91,7 +91,7 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<functio
 
 
 def source_line(nodes: Sequence[fx.Node]) -> str:
-    """"file:line in function" of the innermost model frame that the first of `nodes` with a stack trace carries."""
+    """ "file:line in function" of the innermost model frame that the first of `nodes` with a stack trace carries."""
     for node in nodes:
         frames = _FRAME.findall(node.meta.get("stack_trace") or "")
         if frames:

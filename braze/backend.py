@@ -1,0 +1,90 @@
+"""The torch.compile backend: Inductor with braze's passes before its own post-grad ones.
+
+A captured graph reaches Inductor's post-grad stage functional and decomposed, in one dialect for torch.compile, torch.export and
+AOTInductor; there sites are found, proven, rewritten to semantic ops, and each op gets its kernel (braze.lowering).
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from braze import ops as _ops  # noqa: F401  (registers the semantic ops)
+from braze.lowering import inductor
+from braze.lowering.lower import lower
+from braze.options import Options
+from braze.passes import pipeline
+from braze.passes.sites import GraphReport
+
+log = logging.getLogger("braze")
+
+_listeners: list[list[GraphReport]] = []
+
+
+class RequirementError(RuntimeError):
+    """A kind named in `require` was not fused in a graph."""
+
+
+@contextlib.contextmanager
+def collect() -> Iterator[list[GraphReport]]:
+    """The reports of the graphs compiled within, in order. Graphs served from a cache are not compiled and have none."""
+    reports: list[GraphReport] = []
+    _listeners.append(reports)
+    try:
+        yield reports
+    finally:
+        _listeners.remove(reports)
+
+
+def fuse_graph(graph: fx.Graph, options: Options) -> GraphReport:
+    """Runs passes and lowering over one post-grad graph in place; RequirementError where a required kind is missing."""
+    nodes = len(graph.nodes)
+    result = pipeline.run(graph, options.disable, options.strict)
+    findings = []
+    for call, finding in result.calls:
+        kernel, why = lower(call, options.kernel)
+        findings.append(replace(finding, kernel=kernel, why=why))
+    graph.lint()
+    report = GraphReport(nodes, tuple(findings), tuple(result.near_misses), tuple(result.errors), result.seconds)
+    _tell(report)
+    missing = [kind for kind in options.require if not any(f.kind == kind for f in findings)]
+    if missing:
+        reasons = "; ".join(f"{m.kind} at {m.source}: {m.reason}" for m in report.near_misses) or "nothing came close"
+        raise RequirementError(f"braze fused no {' and no '.join(missing)} in a graph of {nodes} nodes ({reasons})")
+    return report
+
+
+def _tell(report: GraphReport) -> None:
+    counters = torch._dynamo.utils.counters["braze"]
+    for finding in report.sites:
+        counters[finding.kind] += 1
+    counters["near_miss"] += len(report.near_misses)
+    counters["error"] += len(report.errors)
+    for reports in _listeners:
+        reports.append(report)
+    if report.sites:
+        kinds = ", ".join(f"{sum(f.kind == k for f in report.sites)} {k}" for k in dict.fromkeys(f.kind for f in report.sites))
+        log.info("fused %s in a graph of %d nodes (%.2f s)", kinds, report.nodes, report.seconds)
+    else:
+        log.warning("found nothing to fuse in a graph of %d nodes: compiled by Inductor as it is", report.nodes)
+    for miss in report.near_misses:
+        log.info("not fused: %s at %s: %s", miss.kind, miss.source, miss.reason)
+
+
+def braze(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend's entry point, as torch.compile calls it. options: braze's own and Inductor's (`braze.options`).
+
+    ValueError for an unknown option, value or mode; RequirementError where a required kind was not fused.
+    """
+    parsed = Options.parse(options, mode)
+    return inductor.compile_graph(gm, example_inputs, lambda graph: fuse_graph(graph, parsed), parsed.key(), parsed.inductor)
