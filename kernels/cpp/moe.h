@@ -1,0 +1,299 @@
+// out[t] = scale * sum_j wo (act(wi x[t] @ W1[e] + b1[e]) @ W2[e] + b2[e]),  e = ids[t, j]
+//
+// Rows (token, slot) are listed by expert, and the work is cut by columns: of the first product for each expert by its
+// true count of rows, of the second across all experts, so that one thread owns a block of the output and adds experts
+// up in order. Hence no atomics, and the result does not depend on the number of threads.
+//
+// Expects gemm.h; BRAZE_LAYOUT_*; `V activation(V g, V u)`.
+
+enum Dtype : int64_t { NONE = 0, F32 = 1, BF16 = 2, F16 = 3 };
+
+inline float read(const void* p, int64_t i, int64_t dtype) {
+  switch (dtype) {
+    case F32: return static_cast<const float*>(p)[i];
+    case BF16: return widen(static_cast<const at::BFloat16*>(p)[i]);
+    default: return widen(static_cast<const at::Half*>(p)[i]);
+  }
+}
+
+inline void write(void* p, int64_t i, int64_t dtype, V v, int count) {
+  switch (dtype) {
+    case F32: return store(static_cast<float*>(p) + i, v, count);
+    case BF16: return store(static_cast<at::BFloat16*>(p) + i, v, count);
+    default: return store(static_cast<at::Half*>(p) + i, v, count);
+  }
+}
+
+// A tensor of fp32, bfloat16 or float16, read element by element where speed does not matter.
+struct Table {
+  const void* data;
+  int64_t dtype, stride0, stride1;
+  explicit operator bool() const { return dtype != NONE; }
+  float at(int64_t i, int64_t j) const { return read(data, i * stride0 + j * stride1, dtype); }
+};
+
+struct Problem {
+  int64_t tokens, hidden, inner, experts, top_k;
+  const Weight* x;
+  int64_t x_stride;
+  const Weight *w1, *w2;
+  int64_t w1_expert, w1_stride, w2_expert, w2_stride;
+  Table router, b1, b2;
+  bool weight_on_input;
+  float scale;
+  void* out;
+  int64_t out_dtype;
+};
+
+// The rows by expert: those of expert e at [begin[e], begin[e + 1]), tokens ascending.
+struct Routing {
+  std::vector<int64_t> begin;
+  std::vector<int32_t> token;
+  std::vector<float> weight;
+  std::vector<int32_t> used;  // experts with a row
+};
+
+template <class Id>
+Routing route(const Problem& p, const Id* ids, int64_t stride0, int64_t stride1) {
+  Routing r;
+  r.begin.assign(p.experts + 1, 0);
+  auto id = [&](int64_t t, int64_t j) { return static_cast<int64_t>(ids[t * stride0 + j * stride1]); };
+  auto known = [&](int64_t e) { return e >= 0 && e < p.experts; };
+  for (int64_t t = 0; t < p.tokens; ++t)
+    for (int64_t j = 0; j < p.top_k; ++j)
+      if (const int64_t e = id(t, j); known(e)) ++r.begin[e + 1];
+  for (int64_t e = 0; e < p.experts; ++e) {
+    if (r.begin[e + 1]) r.used.push_back(static_cast<int32_t>(e));
+    r.begin[e + 1] += r.begin[e];
+  }
+  std::vector<int64_t> next(r.begin.begin(), r.begin.end() - 1);
+  r.token.resize(r.begin[p.experts]);
+  r.weight.resize(r.begin[p.experts]);
+  for (int64_t t = 0; t < p.tokens; ++t)
+    for (int64_t j = 0; j < p.top_k; ++j)
+      if (const int64_t e = id(t, j); known(e)) {
+        r.token[next[e]] = static_cast<int32_t>(t);
+        r.weight[next[e]++] = p.router.at(t, j);
+      }
+  return r;
+}
+
+// The columns of W1 behind act columns [first, first + count), and where g and u then lie in the tile.
+#if BRAZE_LAYOUT_NONE
+constexpr int GATES = 1;
+#else
+constexpr int GATES = 2;
+#endif
+constexpr int64_t ACT_COLUMNS = TILE_COLUMNS / GATES;  // the most act columns of a task
+constexpr bool WOVEN = BRAZE_LAYOUT_INTERLEAVED && BRAZE_TRANSPOSED;  // a run of columns holds g, u, g, u ...
+
+inline int split(int64_t first, int64_t count, Columns* out) {
+  out[0] = {first, 1, std::min<int64_t>(count, NR)};
+  out[1] = {first + NR, 1, count - NR};
+  return count > NR ? 2 : 1;
+}
+
+inline int gate_up_columns(const Problem& p, int64_t first, int64_t count, Columns* out) {
+  if (GATES == 1) return split(first, count, out);
+  if (WOVEN) return split(2 * first, 2 * count, out);
+  const bool halves = BRAZE_LAYOUT_HALVES;
+  out[0] = {halves ? first : 2 * first, halves ? 1 : 2, count};
+  out[1] = {halves ? p.inner + first : 2 * first + 1, halves ? 1 : 2, count};
+  return 2;
+}
+
+inline void load_bias(const Table& bias, int64_t e, const Columns* groups, int group_count, float* out) {
+  std::fill(out, out + TILE_COLUMNS, 0.f);
+  if (!bias) return;
+  for (int g = 0; g < group_count; ++g)
+    for (int64_t n = 0; n < groups[g].count; ++n) out[g * NR + n] = bias.at(e, groups[g].first + n * groups[g].step);
+}
+
+// One row of the tile -> act columns, in the dtype they are multiplied in.
+inline void activate(const float* c, const float* bias, float weight, int64_t count, Operand* out) {
+  const V w(weight);
+  auto at = [&](int64_t i) { return at::vec::fmadd(V::loadu(c + i), w, V::loadu(bias + i)); };
+  for (int64_t j = 0; j < count; j += L) {
+    V g = at(GATES == 2 && WOVEN ? 2 * j : j), u = g;
+    if (WOVEN) {
+      std::tie(g, u) = at::vec::deinterleave2(g, at(2 * j + L));
+    } else if (GATES == 2) {
+      u = at(NR + j);
+    }
+    store(out + j, activation(g, u), std::min<int64_t>(L, count - j));
+  }
+}
+
+// A piece of the work: rows [begin, end) of the list, or of the tokens; columns [first, first + count).
+struct Task {
+  int64_t expert, begin, end, first, count;
+};
+
+constexpr int64_t ROWS_A_TASK = 512;
+
+// Columns a task: as many as a tile takes, fewer while there are fewer than four tasks a thread.
+inline int64_t columns_per_task(int64_t widest, int64_t columns, int64_t repeats, int threads) {
+  int64_t width = widest;
+  while (width > 8 && repeats * ((columns + width - 1) / width) < 4 * threads) width /= 2;
+  return width;
+}
+
+inline std::vector<Task> first_tasks(const Problem& p, const Routing& r, int threads) {
+  const int64_t width = columns_per_task(ACT_COLUMNS, p.inner, r.used.size(), threads);
+  std::vector<Task> tasks;
+  for (const int64_t e : r.used)
+    for (int64_t begin = r.begin[e]; begin < r.begin[e + 1]; begin += ROWS_A_TASK)
+      for (int64_t j = 0; j < p.inner; j += width)
+        tasks.push_back({e, begin, std::min(begin + ROWS_A_TASK, r.begin[e + 1]), j, std::min(width, p.inner - j)});
+  return tasks;
+}
+
+// Tokens are cut too where columns alone do not occupy all threads, or where sums would leave the cache.
+inline std::vector<Task> second_tasks(const Problem& p, int threads) {
+  constexpr int64_t most = 4096, least = 512;
+  const int64_t width = columns_per_task(TILE_COLUMNS, p.hidden, 1, threads);
+  const int64_t blocks = (p.hidden + width - 1) / width;
+  int64_t chunk = std::min(most, p.tokens);
+  while (chunk > least && blocks * ((p.tokens + chunk - 1) / chunk) < 2 * threads) chunk = (chunk + 1) / 2;
+  std::vector<Task> tasks;
+  for (int64_t t = 0; t < p.tokens; t += chunk)
+    for (int64_t n = 0; n < p.hidden; n += width)
+      tasks.push_back({0, t, std::min(t + chunk, p.tokens), n, std::min(width, p.hidden - n)});
+  return tasks;
+}
+
+// x where rows are multiplied as they are; otherwise a widened copy of it.
+template <class T>
+inline const Operand* operand_rows(const Problem& p, const T* x, Operand* copy, int64_t* stride) {
+  if constexpr (std::is_same_v<Operand, T>) {
+    *stride = p.x_stride;
+    return x;
+  } else {
+    *stride = p.hidden;
+#pragma omp for
+    for (int64_t t = 0; t < p.tokens; ++t)
+      for (int64_t i = 0; i < p.hidden; i += L) {
+        const int count = std::min<int64_t>(L, p.hidden - i);
+        const T* src = x + t * p.x_stride + i;
+        store(copy + t * p.hidden + i, count == L ? load_wide(src) : load_wide(src, count), count);
+      }
+    return copy;
+  }
+}
+
+using Rows = std::vector<const Operand*>;
+
+inline void first_product(
+    const Problem& p, const Routing& r, const Task& task, const Operand* x, int64_t x_stride, Operand* act,
+    int64_t act_stride, const Workspace& space, Rows& rows) {
+  Columns groups[2];
+  float bias[TILE_COLUMNS];
+  const int group_count = gate_up_columns(p, task.first, task.count, groups);
+  load_bias(p.b1, task.expert, groups, group_count, bias);
+  rows.clear();
+  for (int64_t s = task.begin; s < task.end; ++s) rows.push_back(x + r.token[s] * x_stride);
+  const Matrix w{p.w1 + task.expert * p.w1_expert, p.w1_stride, p.hidden};
+  multiply(w, groups, group_count, rows.data(), rows.size(), space, [&](int64_t first, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t s = task.begin + first + i;
+      const float weight = p.weight_on_input ? r.weight[s] : 1.f;
+      activate(space.tile + i * TILE_COLUMNS, bias, weight, task.count, act + s * act_stride + task.first);
+    }
+  });
+}
+
+inline void second_product(
+    const Problem& p, const Routing& r, const Task& task, const Operand* act, int64_t act_stride, float* sums,
+    const Workspace& space, Rows& rows) {
+  Columns groups[2];
+  float bias[TILE_COLUMNS];
+  const int group_count = split(task.first, task.count, groups);
+  std::fill(sums, sums + (task.end - task.begin) * TILE_COLUMNS, 0.f);
+  for (const int64_t e : r.used) {
+    const auto bound = [&](int64_t token) {
+      return std::lower_bound(r.token.begin() + r.begin[e], r.token.begin() + r.begin[e + 1], token) - r.token.begin();
+    };
+    const int64_t begin = bound(task.begin), end = bound(task.end);
+    if (begin == end) continue;
+    load_bias(p.b2, e, groups, group_count, bias);
+    rows.clear();
+    for (int64_t s = begin; s < end; ++s) rows.push_back(act + s * act_stride);
+    const Matrix w{p.w2 + e * p.w2_expert, p.w2_stride, p.inner};
+    multiply(w, groups, group_count, rows.data(), rows.size(), space, [&](int64_t first, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t s = begin + first + i;
+        const V weight(p.weight_on_input ? 1.f : r.weight[s]);
+        const float* c = space.tile + i * TILE_COLUMNS;
+        float* sum = sums + (r.token[s] - task.begin) * TILE_COLUMNS;
+        for (int64_t j = 0; j < task.count; j += L)
+          at::vec::fmadd(V::loadu(c + j) + V::loadu(bias + j), weight, V::loadu(sum + j)).store(sum + j);
+      }
+    });
+  }
+  for (int64_t t = task.begin; t < task.end; ++t)
+    for (int64_t j = 0; j < task.count; j += L)
+      write(
+          p.out, t * p.hidden + task.first + j, p.out_dtype,
+          V::loadu(sums + (t - task.begin) * TILE_COLUMNS + j) * V(p.scale), std::min<int64_t>(L, task.count - j));
+}
+
+// Uninitialised memory aligned to a cache line.
+template <class T>
+struct Buffer {
+  explicit Buffer(int64_t count)
+      : data(static_cast<T*>(std::aligned_alloc(64, (std::max<int64_t>(count, 1) * sizeof(T) + 63) / 64 * 64))) {
+    if (!data) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(data); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* const data;
+};
+
+inline void moe(const Problem& p, const Routing& r, int threads) {
+  const std::vector<Task> first = first_tasks(p, r, threads), second = second_tasks(p, threads);
+  int64_t most_rows = 1, most_tokens = 0;
+  for (const Task& t : second) most_tokens = std::max(most_tokens, t.end - t.begin);
+  for (const int64_t e : r.used) most_rows = std::max(most_rows, r.begin[e + 1] - r.begin[e]);
+  // Rows that start a multiple of 4 KiB apart would compete for the same lines of the L1 cache.
+  const int64_t act_stride = (p.inner + 31) / 32 * 32 + 32;
+  const int64_t panel = (std::max(p.hidden, p.inner) + UNIT - 1) / UNIT * NR;
+  Buffer<Operand> act(r.begin[p.experts] * act_stride);
+  Buffer<Operand> copy(std::is_same_v<Operand, Weight> ? 0 : p.tokens * p.hidden);
+#pragma omp parallel num_threads(threads)
+  {
+    Buffer<float> tile(TILE_ROWS * TILE_COLUMNS), sums(most_tokens * TILE_COLUMNS);
+    Buffer<uint32_t> panels(2 * panel);
+    std::fill(tile.data, tile.data + TILE_ROWS * TILE_COLUMNS, 0.f);
+    const Workspace space{tile.data, panels.data};
+    Rows rows;
+    rows.reserve(most_rows);
+    int64_t x_stride;
+    const Operand* x = operand_rows(p, p.x, copy.data, &x_stride);
+#pragma omp for schedule(dynamic, 1)
+    for (size_t i = 0; i < first.size(); ++i)
+      first_product(p, r, first[i], x, x_stride, act.data, act_stride, space, rows);
+#pragma omp for schedule(dynamic, 1)
+    for (size_t i = 0; i < second.size(); ++i)
+      second_product(p, r, second[i], act.data, act_stride, sums.data, space, rows);
+  }
+}
+
+}  // namespace
+
+extern "C" void kernel(
+    void* out, const void* x, const void* ids, const void* router, const void* w1, const void* w2, const void* b1,
+    const void* b2, int64_t out_dtype, int64_t ids_wide, int64_t router_dtype, int64_t b1_dtype, int64_t b2_dtype,
+    int64_t tokens, int64_t hidden, int64_t inner, int64_t experts, int64_t top_k, int64_t x_stride,
+    int64_t ids_stride0, int64_t ids_stride1, int64_t router_stride0, int64_t router_stride1, int64_t w1_expert,
+    int64_t w1_stride, int64_t w2_expert, int64_t w2_stride, int64_t b1_stride0, int64_t b1_stride1,
+    int64_t b2_stride0, int64_t b2_stride1, int64_t weight_on_input, float scale, int64_t threads) {
+  const Problem p{
+      tokens, hidden, inner, experts, top_k, static_cast<const Weight*>(x), x_stride,
+      static_cast<const Weight*>(w1), static_cast<const Weight*>(w2), w1_expert, w1_stride, w2_expert, w2_stride,
+      {router, router_dtype, router_stride0, router_stride1}, {b1, b1_dtype, b1_stride0, b1_stride1},
+      {b2, b2_dtype, b2_stride0, b2_stride1}, weight_on_input != 0, scale, out, out_dtype};
+  const Routing r = ids_wide ? route(p, static_cast<const int64_t*>(ids), ids_stride0, ids_stride1)
+                             : route(p, static_cast<const int32_t*>(ids), ids_stride0, ids_stride1);
+  moe(p, r, static_cast<int>(threads));
+}

@@ -1,0 +1,72 @@
+"""The text of one C++ kernel: headers of this folder, constants that the compiler should know, a generated activation.
+
+One text serves every shape; it differs by the weights' dtype, how they are stored, and the activation.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from braze.kernels.expression import emit, parse
+from braze.kernels.spec import GateUpLayout
+
+_FOLDER = Path(__file__).parent
+_TYPES = {torch.float32: "float", torch.bfloat16: "at::BFloat16", torch.float16: "at::Half"}
+
+VECTOR: Mapping[str, Callable[..., Any]] = {
+    "add": lambda a, b: f"({a} + {b})",
+    "mul": lambda a, b: f"({a} * {b})",
+    "div": lambda a, b: f"({a} / {b})",
+    "neg": lambda a: f"{a}.neg()",
+    "pow": lambda a, n: f"power<{n}>({a})",
+    "const": lambda v: f"V(static_cast<float>({v!r}))",
+    "sigmoid": lambda a: f"fast_sigmoid({a})",
+    "exp": lambda a: f"fast_exp({a})",
+    "log": lambda a: f"{a}.log()",
+    "tanh": lambda a: f"{a}.tanh()",
+    "erf": lambda a: f"{a}.erf()",
+    "sqrt": lambda a: f"{a}.sqrt()",
+    "Abs": lambda a: f"{a}.abs()",
+    "Min": lambda a, b: f"at::vec::minimum({a}, {b})",
+    "Max": lambda a, b: f"at::vec::maximum({a}, {b})",
+}
+
+
+def moe_source(dtype: torch.dtype, layout: GateUpLayout, transposed: bool, activation: str) -> str:
+    """The source of the kernel in moe.h for weights of `dtype`.
+
+    NotImplementedError where the activation has no spelling in C++; ValueError where it is no activation.
+    """
+    expression = emit(parse(activation), VECTOR, {"g": "g", "u": "u"})
+    constants = {
+        "BRAZE_BF16_WEIGHT": dtype == torch.bfloat16,
+        "BRAZE_TRANSPOSED": transposed,
+        "BRAZE_LAYOUT_HALVES": layout == "halves",
+        "BRAZE_LAYOUT_INTERLEAVED": layout == "interleaved",
+        "BRAZE_LAYOUT_NONE": layout == "none",
+        "BRAZE_DOT_ROWS": 16,
+    }
+    return "\n".join(
+        (
+            "#include <torch/csrc/inductor/cpp_prefix.h>",
+            "#include <cstring>",
+            "#include <tuple>",
+            "#include <vector>",
+            "#include <ATen/cpu/vec/functional.h>",
+            *(f"#define {name} {int(value)}" for name, value in constants.items()),
+            "namespace {",
+            f"using Weight = {_TYPES[dtype]};",
+            _header("gemm.h"),
+            _header("activation.h"),
+            f"inline V activation(V g, V u) {{ return {expression}; }}",
+            _header("moe.h"),
+        )
+    )
+
+
+@cache
+def _header(name: str) -> str:
+    return (_FOLDER / name).read_text()
