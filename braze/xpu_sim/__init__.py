@@ -1,0 +1,40 @@
+"""Run XPU kernels without an XPU: Intel's Triton compiler, then Intel's OpenCL CPU runtime with the GPU's built-ins emulated.
+
+    with braze.xpu_sim.device("pvc"):
+        kernel[grid](x, y, n, BLOCK=128)      # any @triton.jit kernel, CPU tensors
+
+What runs is the SPIR-V that the GPU would load, matrix engine and 2D block loads included. It shows numbers and broken
+rules of the hardware, not speed and not races.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+from braze.xpu_sim.errors import MissingBuiltin, SimulatorUnavailable, SurfaceError
+from braze.xpu_sim.opencl import missing
+from braze.xpu_sim.targets import TARGETS, Target, find
+
+__all__ = ["TARGETS", "MissingBuiltin", "SimulatorUnavailable", "SurfaceError", "Target", "device", "missing"]
+
+
+def device(name: str = "pvc") -> AbstractContextManager[None]:
+    """A context in which Triton kernels are compiled for that Intel GPU and run on CPU tensors, without a copy.
+
+    `name` is "pvc" (DPAS, 2D block IO) or "generic" (neither). Raises SimulatorUnavailable, saying what to install,
+    where a package is absent; ValueError for an unknown name. A launch raises MissingBuiltin for a GPU built-in that is
+    not emulated, SurfaceError where a 2D block message breaks a rule of the hardware.
+    """
+    target = find(name)
+    lack = missing()
+    if lack is not None:
+        raise SimulatorUnavailable(lack)
+    from braze.xpu_sim.driver import active
+
+    return active(target)
+
+
+if missing() is None:
+    from braze.xpu_sim.driver import stand_by
+
+    stand_by()
