@@ -1,4 +1,4 @@
-"""Run XPU kernels without an XPU: Intel's Triton compiler, then Intel's OpenCL CPU runtime with the GPU's built-ins emulated.
+"""Run XPU kernels without an XPU: Intel's Triton compiler, then Intel's OpenCL CPU runtime, the GPU's built-ins emulated.
 
     with braze.xpu_sim.device("pvc"):
         kernel[grid](x, y, n, BLOCK=128)      # any @triton.jit kernel, CPU tensors
@@ -10,28 +10,45 @@ rules of the hardware, not speed and not races.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 from braze.xpu_sim.errors import MissingBuiltin, SimulatorUnavailable, SurfaceError
 from braze.xpu_sim.opencl import missing
 from braze.xpu_sim.targets import TARGETS, Target, find
 
-__all__ = ["TARGETS", "MissingBuiltin", "SimulatorUnavailable", "SurfaceError", "Target", "device", "missing"]
+if TYPE_CHECKING:
+    from braze.xpu_sim.driver import Launch
+
+__all__ = ["TARGETS", "MissingBuiltin", "SimulatorUnavailable", "SurfaceError", "Target", "device", "missing", "record"]
+
+
+def require() -> None:
+    """Raises SimulatorUnavailable, saying what to install, where a package is absent."""
+    lack = missing()
+    if lack is not None:
+        raise SimulatorUnavailable(lack)
 
 
 def device(name: str = "pvc") -> AbstractContextManager[None]:
     """A context in which Triton kernels are compiled for that Intel GPU and run on CPU tensors, without a copy.
 
-    `name` is "pvc" (DPAS, 2D block IO) or "generic" (neither). Raises SimulatorUnavailable, saying what to install,
-    where a package is absent; ValueError for an unknown name. A launch raises MissingBuiltin for a GPU built-in that is
-    not emulated, SurfaceError where a 2D block message breaks a rule of the hardware.
+    `name` is "pvc" (DPAS, 2D block IO) or "generic" (neither). Raises SimulatorUnavailable where a package is absent;
+    ValueError for an unknown name. A launch raises MissingBuiltin for a GPU built-in that is not emulated, SurfaceError
+    where a 2D block message breaks a rule of the hardware.
     """
     target = find(name)
-    lack = missing()
-    if lack is not None:
-        raise SimulatorUnavailable(lack)
+    require()
     from braze.xpu_sim.driver import active
 
     return active(target)
+
+
+def record() -> AbstractContextManager[list[Launch]]:
+    """A context that collects the launches made inside it: SPIR-V, compiler flags, grid, bytes of shared memory."""
+    require()
+    from braze.xpu_sim import driver
+
+    return driver.record()
 
 
 if missing() is None:

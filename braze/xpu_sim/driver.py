@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -63,16 +64,50 @@ def argument(kind: str, value: Any) -> Any:
     return cl.SVM(np.ctypeslib.as_array((ctypes.c_int8 * 1).from_address(address))) if address else None
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One launch that ran: the kernel's SPIR-V and what its machine code depends on.
+
+    `flags` are the options for Intel's compiler (the register file's size among them), `shared` is in bytes.
+    """
+
+    kernel: str
+    target: str
+    module: bytes
+    flags: str
+    warps: int
+    shared: int
+    grid: tuple[int, int, int]
+
+
+RECORDS: list[list[Launch]] = []
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Collects the launches made inside it, in order."""
+    launches: list[Launch] = []
+    RECORDS.append(launches)
+    try:
+        yield launches
+    finally:
+        RECORDS[:] = [other for other in RECORDS if other is not launches]
+
+
 class Launcher:
     """Launches one compiled kernel; made by Triton from the kernel's source (for its signature) and metadata."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.kinds = tuple(source.signature.values())
         self.shared = int(metadata.shared)
-        self.lanes = int(metadata.num_warps) * int(metadata.threads_per_warp)
+        self.warps = int(metadata.num_warps)
+        self.flags = str(metadata.build_flags)
+        self.lanes = self.warps * int(metadata.threads_per_warp)
 
-    def __call__(self, x: int, y: int, z: int, stream: int, program: opencl.Program, *rest: Any) -> None:
+    def __call__(self, x: int, y: int, z: int, stream: int, loaded: tuple[str, opencl.Program], *rest: Any) -> None:
         import pyopencl as cl
+
+        target, program = loaded
 
         _, launch_metadata, enter, leave, *values = rest
         if x * y * z == 0:
@@ -89,6 +124,9 @@ class Launcher:
             leave(launch_metadata)
         if program.fault is not None:
             check(program)
+        for launches in RECORDS:
+            name = program.kernel.function_name
+            launches.append(Launch(name, target, program.module, self.flags, self.warps, self.shared, (x, y, z)))
 
 
 def check(program: opencl.Program) -> None:
@@ -110,7 +148,7 @@ class Utils:
     @staticmethod
     def load_binary(name: str, module: bytes, shared: int, flags: str, device: str) -> tuple[Any, Any, int, int]:
         program = opencl.load(module, name)
-        return program, program, 0, 0
+        return program, (device, program), 0, 0
 
     @staticmethod
     def get_device_properties(device: str) -> dict[str, Any]:
