@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from braze.kernels import aten
+from braze.kernels.cpp import moe as cpp_moe
 from braze.kernels.spec import MoeSpec, RopeSpec
 
 MOE_SCHEMA = (
@@ -91,6 +92,17 @@ def _moe(
     spec = MoeSpec(**attributes)
     check_moe(x, ids, weights, w1, w2, spec)
     return aten.moe(x, ids, weights, w1, w2, b1, b2, spec)
+
+
+@torch.library.impl("braze::moe", "CPU")
+def _moe_cpu(
+    x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w2: Tensor,
+    b1: Tensor | None = None, b2: Tensor | None = None, **attributes: Any,
+) -> Tensor:  # fmt: skip
+    spec = MoeSpec(**attributes)
+    check_moe(x, ids, weights, w1, w2, spec)
+    kernel = aten.moe if cpp_moe.supports(x, ids, weights, w1, w2, b1, b2, spec) else cpp_moe.run
+    return kernel(x, ids, weights, w1, w2, b1, b2, spec)
 
 
 @torch.library.register_fake("braze::rope")

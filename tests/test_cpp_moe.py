@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import braze.ops  # noqa: F401 (registers the op)
 from braze.kernels import reference
 from braze.kernels.cpp import moe, source
 from braze.kernels.spec import MoeSpec
@@ -196,7 +197,7 @@ def test_fake_tensors_are_judged() -> None:
         assert moe.supports(*fakes, spec) is None  # type: ignore[arg-type]
 
 
-def test_no_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler_is_a_reason_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     calls = []
 
     def refuse(*_: object) -> None:
@@ -206,10 +207,29 @@ def test_no_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moe, "compile_cpp", refuse)
     spec = MoeSpec("g*u*Abs(g)")
     args = inputs(spec, torch.float32)
-    assert "no compiler" in (moe.supports(*args, spec) or "")
-    assert "no compiler" in (moe.supports(*args, spec) or "")
+    attributes = vars(spec)
+    moe._warned.cache_clear()
+    for _ in range(2):
+        assert "no compiler" in (moe.supports(*args, spec) or "")
+        torch.testing.assert_close(
+            torch.ops.braze.moe(*args, **attributes).double(), expected(args, spec), rtol=1e-4, atol=1e-5
+        )
     assert len(calls) == 1
+    assert len([r for r in caplog.records if "no compiler" in r.getMessage()]) == 1
     moe._build.cache_clear()
+
+
+def test_a_compilers_complaint_is_passed_on() -> None:
+    from braze.kernels.cpp.toolchain import compile_cpp
+
+    with pytest.raises(RuntimeError, match="nonsense"):
+        compile_cpp(("int64_t",), 'extern "C" void kernel(int64_t a) { nonsense; }')
+
+
+def test_the_op_runs_it() -> None:
+    spec = MoeSpec()
+    args = inputs(spec, torch.bfloat16)
+    assert torch.equal(torch.ops.braze.moe(*args, **vars(spec)), moe.run(*args, spec))
 
 
 def test_source_depends_on_what_it_should() -> None:

@@ -3,6 +3,7 @@
 Nothing is packed or kept between calls, so a weight that changes in place is never stale.
 """
 
+import logging
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from braze.kernels.cpp.source import moe_source
 from braze.kernels.cpp.toolchain import compile_cpp
 from braze.kernels.spec import GateUpLayout, MoeSpec
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # as enum Dtype of moe.h
 _ARGUMENTS = ("void*", *("const void*",) * 7, *("int64_t",) * 24, "float", "int64_t")
@@ -27,7 +30,14 @@ def _build(
     except NotImplementedError as e:
         return None, f"the activation has no C++ form: {e}"
     except RuntimeError as e:
-        return None, f"the C++ kernel does not build ({e})"
+        return None, _warned(f"the C++ kernel does not build ({e})")
+
+
+@lru_cache(maxsize=16)
+def _warned(reason: str) -> str:
+    """`reason`, logged the first time."""
+    log.warning("experts run as ATen ops on this CPU, which is slower: %s", reason)
+    return reason
 
 
 def supports(

@@ -17,5 +17,11 @@ def compile_cpp(argument_types: Sequence[str], source: str) -> Callable[..., Non
     try:
         kernel: Callable[..., None] = CppPythonBindingsCodeCache.load_pybinding(argument_types, source)
     except (InvalidCxxCompiler, CppCompileError, OSError) as e:
-        raise RuntimeError(f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}") from e
+        raise RuntimeError(f"{type(e).__name__}: {_first_error(str(e))}") from e
     return kernel
+
+
+def _first_error(message: str) -> str:
+    """The line of a compiler's output that says what was wrong."""
+    lines = [line for line in message.splitlines() if line.strip()]
+    return next((line for line in lines if "error:" in line), lines[0] if lines else "no message")
