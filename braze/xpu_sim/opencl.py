@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from braze.xpu_sim import builtins, spirv
 from braze.xpu_sim.errors import SimulatorUnavailable
+from braze.xpu_sim.split import split_loads
 
 if TYPE_CHECKING:
     import pyopencl as cl
@@ -104,7 +105,8 @@ def load(module: bytes, name: str) -> Program:
     import pyopencl as cl
 
     source, emulated = builtins.library(spirv.imports(module))
-    adapted = spirv.adapt(module, lambda symbol: builtins.symbol(symbol) if symbol in emulated else symbol)
+    renamed = spirv.adapt(module, lambda symbol: builtins.symbol(symbol) if symbol in emulated else symbol)
+    adapted = split_loads(renamed)
     device = context().devices[0]
     version = f"{device.name} {device.driver_version} {importlib.metadata.version('intel-opencl-rt')}"
     key = hashlib.sha256(b"\0".join((adapted, source.encode(), version.encode()))).hexdigest()

@@ -9,7 +9,8 @@ import torch
 import triton
 
 from braze import xpu_sim
-from braze.xpu_sim import builtins
+from braze.xpu_sim import builtins, spirv
+from braze.xpu_sim.split import split_loads, used_in_parts
 from tests.xpu_sim import kernels
 
 TARGETS = ["pvc", "generic"]
@@ -98,3 +99,13 @@ def test_builtin_without_emulation_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     a, b = torch.randn(16, 32).half(), torch.randn(32, 32).half()
     with pytest.raises(xpu_sim.MissingBuiltin, match="does not emulate intel_sub_group_f16_f16_matrix_mad_k16"):
         multiply("pvc", a, b, torch.empty(16, 32), tile=(16, 32, 32), BLOCKS=False)
+
+
+def test_long_vectors_are_split_for_the_cpu_compiler() -> None:
+    a, b = torch.randn(32, 64).bfloat16(), torch.randn(64, 64).bfloat16()
+    c = torch.full((32, 64), float("nan"))
+    compiled = multiply("pvc", a, b, c, BLOCKS=True)
+    module = compiled.asm["spv"]
+    long = used_in_parts(list(spirv.instructions(module)))
+    assert long and not used_in_parts(list(spirv.instructions(split_loads(module))))
+    assert error(c, a, b) < 1e-6
