@@ -19,7 +19,17 @@ from braze.xpu_sim.targets import TARGETS, Target, find
 if TYPE_CHECKING:
     from braze.xpu_sim.driver import Launch
 
-__all__ = ["TARGETS", "MissingBuiltin", "SimulatorUnavailable", "SurfaceError", "Target", "device", "missing", "record"]
+__all__ = [
+    "TARGETS",
+    "MissingBuiltin",
+    "SimulatorUnavailable",
+    "SurfaceError",
+    "Target",
+    "compiled_graphs",
+    "device",
+    "missing",
+    "record",
+]
 
 
 def require() -> None:
@@ -41,6 +51,15 @@ def device(name: str = "pvc") -> AbstractContextManager[None]:
     from braze.xpu_sim.driver import active
 
     return active(target)
+
+
+def compiled_graphs(name: str = "pvc") -> AbstractContextManager[None]:
+    """As `device`, and torch.compile inside it makes every kernel of a model's graphs for that GPU, run on CPU tensors."""
+    target = find(name)
+    require()
+    from braze.xpu_sim import inductor
+
+    return inductor.compiled_graphs(target)
 
 
 def record() -> AbstractContextManager[list[Launch]]:

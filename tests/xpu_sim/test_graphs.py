@@ -1,0 +1,64 @@
+"""Whole graphs: every kernel that Inductor makes of a function or a model, run as XPU code, equals eager."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from braze import xpu_sim
+
+TARGETS = ["pvc", "generic"]
+
+
+@pytest.fixture(autouse=True)
+def reset() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target", TARGETS)
+def test_fused_function(target: str, dtype: torch.dtype) -> None:
+    def block(x: torch.Tensor, gate: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = torch.softmax(x.float() * torch.sigmoid(gate), -1)
+        return y.to(x.dtype)[index], (x.float() ** 2).sum(0)
+
+    inputs = torch.randn(33, 70).to(dtype), torch.randn(70), torch.randint(0, 33, (12,))
+    with xpu_sim.compiled_graphs(target), xpu_sim.record() as launches:
+        outputs = torch.compile(block, dynamic=False)(*inputs)
+    assert launches and {launch.target for launch in launches} == {target}
+    for output, expected in zip(
+        outputs, block(*(i.double() if i.is_floating_point() else i for i in inputs)), strict=True
+    ):
+        tolerance = 1e-5 if output.dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(output.double(), expected.double(), rtol=tolerance, atol=tolerance / 10)
+
+
+def test_training_step() -> None:
+    model = nn.Sequential(nn.LayerNorm(48), nn.Linear(48, 40), nn.GELU(), nn.Linear(40, 8))
+    x = torch.randn(9, 48)
+    model(x).square().mean().backward()
+    expected = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    with xpu_sim.compiled_graphs("pvc"), xpu_sim.record() as launches:
+        torch.compile(model, dynamic=False)(x).square().mean().backward()
+    assert len(launches) >= 2
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_llama(target: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, attn_implementation="eager",
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    tokens = torch.randint(0, 64, (2, 13))
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        with xpu_sim.compiled_graphs(target), xpu_sim.record() as launches:
+            output = torch.compile(model, dynamic=False)(tokens, use_cache=False).logits
+    assert len({launch.kernel for launch in launches}) >= 5
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
