@@ -2,19 +2,27 @@
 //
 // Two forms of the same product. Where a weight column is contiguous along K and rows are few, `dot` runs along K and
 // reads weights in place, once. Otherwise columns are packed to a panel [K][NR] of 4-byte units (one float, or two
-// bfloat16 for the CPU's own bf16 dot), which stays in L2 while all rows pass over it.
+// bfloat16 for the CPU's own bf16 dot where that is the faster one), which stays in L2 while all rows pass over it.
+//
+// Widened bfloat16 is multiplied in split order: of each 32 elements along K the even ones, then the odd ones, which a
+// shift and a mask yield without a shuffle; activations are stored in the same order, padded with zeros.
 //
 // Expects: Weight, the dtype of the weights; BRAZE_TRANSPOSED, whether they are [K, N] rather than [N, K].
 
 using V = at::vec::Vectorized<float>;
 constexpr int L = V::size();
 
-#if BRAZE_BF16_WEIGHT && defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+#if BRAZE_BF16_WEIGHT && BRAZE_BF16_DOT && defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
 #define BRAZE_PAIRED 1
 using Operand = at::BFloat16;  // what activations are multiplied as
 #else
 #define BRAZE_PAIRED 0
 using Operand = float;
+#endif
+#if BRAZE_BF16_WEIGHT && !BRAZE_PAIRED && defined(CPU_CAPABILITY_AVX512)
+#define BRAZE_SPLIT 1
+#else
+#define BRAZE_SPLIT 0
 #endif
 
 #if defined(CPU_CAPABILITY_AVX512)
@@ -26,10 +34,14 @@ constexpr int MD = 2;
 #endif
 constexpr int ND = 4;                     // weight columns of a register tile of the dot form
 constexpr int NR = 2 * L;                 // columns of a panel
+constexpr int PARTS = BRAZE_SPLIT ? 2 : 1;  // vectors that one load of weights widens to
 constexpr int UNIT = BRAZE_PAIRED ? 2 : 1;  // elements along K in one 4-byte unit
 constexpr int DOT_ROWS = BRAZE_DOT_ROWS;  // the most rows for which reading weights in place beats packing them
 constexpr int TILE_ROWS = DOT_ROWS > MR ? DOT_ROWS : MR;
 constexpr int TILE_COLUMNS = 2 * NR;
+
+// Elements along K that are multiplied: in split order whole blocks.
+constexpr int64_t depth(int64_t k) { return BRAZE_SPLIT ? (k + 2 * L - 1) / (2 * L) * (2 * L) : k; }
 
 inline float widen(float v) { return v; }
 inline float widen(at::BFloat16 v) { return static_cast<float>(v); }
@@ -79,21 +91,51 @@ inline Step splat(const Operand* p) {
 }
 inline Step splat_last(const Operand* p) { return _mm512_set1_epi32(p->x); }
 inline Step load_unit(const uint32_t* p) { return _mm512_loadu_si512(p); }
-inline Step load_step(const at::BFloat16* p) { return _mm512_loadu_si512(p); }
-inline Step load_step(const at::BFloat16* p, int count) {
+inline Step load_operand(const Operand* p) { return _mm512_loadu_si512(p); }
+inline __m512i load_some(const at::BFloat16* p, int count) {
   return _mm512_maskz_loadu_epi16((__mmask32)((uint64_t(1) << count) - 1), p);
 }
+inline Step load_operand(const Operand* p, int count) { return load_some(p, count); }
+template <int Part>
+inline Step load_part(const Weight* p) { return _mm512_loadu_si512(p); }
+template <int Part>
+inline Step load_part(const Weight* p, int count) { return load_some(p, count); }
 #else
 using Step = V;
 inline V madd(Step a, Step b, V acc) { return at::vec::fmadd(a, b, acc); }
 inline Step splat(const Operand* p) { return V(*p); }
 inline Step splat_last(const Operand* p) { return V(*p); }
 inline Step load_unit(const uint32_t* p) { return V::loadu(p); }
-template <class T>
-inline Step load_step(const T* p) { return load_wide(p); }
-template <class T>
-inline Step load_step(const T* p, int count) { return load_wide(p, count); }
+inline Step load_operand(const Operand* p) { return V::loadu(p); }
+#if BRAZE_SPLIT
+inline Step load_operand(const Operand* p, int) { return V::loadu(p); }  // padded with zeros
+inline __m512i load_some(const at::BFloat16* p, int count) {
+  return _mm512_maskz_loadu_epi16((__mmask32)((uint64_t(1) << count) - 1), p);
+}
+template <int Part>
+inline V part(__m512i both) {
+  return V(_mm512_castsi512_ps(
+      Part == 0 ? _mm512_slli_epi32(both, 16) : _mm512_and_si512(both, _mm512_set1_epi32(0xffff0000))));
+}
+template <int Part>
+inline Step load_part(const Weight* p) { return part<Part>(_mm512_loadu_si512(p)); }
+template <int Part>
+inline Step load_part(const Weight* p, int count) { return part<Part>(load_some(p, count)); }
+#else
+inline Step load_operand(const Operand* p, int count) { return V::loadu(p, count); }
+template <int Part>
+inline Step load_part(const Weight* p) { return load_wide(p); }
+template <int Part>
+inline Step load_part(const Weight* p, int count) { return load_wide(p, count); }
 #endif
+#endif
+
+// f(0), f(1) ... as compile-time numbers, for each part of a load.
+template <class F>
+inline void each_part(F&& f) {
+  f(std::integral_constant<int, 0>{});
+  if constexpr (PARTS == 2) f(std::integral_constant<int, 1>{});
+}
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
@@ -126,29 +168,33 @@ inline void sum4(const V* v, float* out) {
 // c[m][n] = rows[m] . columns[n] for M rows and ND columns, each contiguous along K; `ahead` columns on are prefetched.
 template <int M>
 inline void dot_tile(const Operand* const* rows, const Weight* const* w, int64_t k, int64_t ahead, float* c) {
-  constexpr int S = L * UNIT;
+  constexpr int S = L * UNIT * PARTS;
   V acc[M][ND];
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < ND; ++n) acc[m][n] = V(0.f);
   int64_t i = 0;
   for (; i + S <= k; i += S) {
-    Step b[ND];
 #pragma GCC unroll 8
-    for (int n = 0; n < ND; ++n) {
-      b[n] = load_step(w[n] + i);
-      prefetch(w[n] + i + ahead);
-    }
+    for (int n = 0; n < ND; ++n) prefetch(w[n] + i + ahead);
+    each_part([&](auto part) {
+      Step b[ND];
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const Step a = load_step(rows[m] + i);
+      for (int n = 0; n < ND; ++n) b[n] = load_part<part()>(w[n] + i);
 #pragma GCC unroll 8
-      for (int n = 0; n < ND; ++n) acc[m][n] = madd(a, b[n], acc[m][n]);
-    }
+      for (int m = 0; m < M; ++m) {
+        const Step a = load_operand(rows[m] + i + part() * L);
+#pragma GCC unroll 8
+        for (int n = 0; n < ND; ++n) acc[m][n] = madd(a, b[n], acc[m][n]);
+      }
+    });
   }
   if (i < k) {
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < ND; ++n)
-        acc[m][n] = madd(load_step(rows[m] + i, k - i), load_step(w[n] + i, k - i), acc[m][n]);
+    each_part([&](auto part) {
+      for (int m = 0; m < M; ++m)
+        for (int n = 0; n < ND; ++n)
+          acc[m][n] = madd(
+              load_operand(rows[m] + i + part() * L, k - i), load_part<part()>(w[n] + i, k - i), acc[m][n]);
+    });
   }
   for (int m = 0; m < M; ++m) sum4(acc[m], c + m * TILE_COLUMNS);
 }
@@ -182,8 +228,8 @@ inline void dot_block(const Matrix& w, Columns columns, const Operand* const* ro
 // Rows of the weight are runs of columns already: widen them, or interleave two for pairs along K.
 inline void pack(const Matrix& w, Columns columns, uint32_t* panel) {
   const Weight* src = w.column(columns.first);
-  const int64_t units = (w.k + UNIT - 1) / UNIT;
 #if BRAZE_PAIRED
+  const int64_t units = (w.k + UNIT - 1) / UNIT;
   const __mmask32 valid = (__mmask32)((uint64_t(1) << columns.count) - 1);
   for (int64_t u = 0; u < units; ++u, panel += NR) {
     const __m512i even = _mm512_maskz_loadu_epi16(valid, src + 2 * u * w.stride);
@@ -200,46 +246,61 @@ inline void pack(const Matrix& w, Columns columns, uint32_t* panel) {
     _mm512_storeu_si512(panel + L, hi);
   }
 #else
-  for (int64_t u = 0; u < units; ++u, panel += NR) {
-    const Weight* row = src + u * w.stride;
+  if (w.k < depth(w.k)) std::fill(panel + (depth(w.k) - 2 * L) * NR, panel + depth(w.k) * NR, 0);
+  for (int64_t k = 0; k < w.k; ++k) {
+    const Weight* row = src + k * w.stride;
+    uint32_t* dst = panel + (BRAZE_SPLIT ? k / (2 * L) * (2 * L) + k % 2 * L + k % (2 * L) / 2 : k) * NR;
     prefetch(row + 16 * w.stride);
     for (int half = 0; half < 2; ++half) {
       const int left = std::clamp<int>(columns.count - half * L, 0, L);
       const V v = left == L ? load_wide(row + half * L) : load_wide(row + half * L, left);
-      v.store(panel + half * L);
+      v.store(dst + half * L);
     }
   }
 #endif
 }
 #else
-// L columns x L units are transposed at a time; an edge, or a dtype to widen, passes through a buffer.
+constexpr int WORD = 4 / sizeof(Weight);  // weights in 4 bytes
+
+// dst[u][j] = the u-th word of column j, for `valid` <= L columns and `elements` <= L * WORD weights each, else zero.
+inline void transpose_words(const Weight* src, int64_t pitch, int64_t valid, int64_t elements, float* dst, int64_t ld) {
+  if (valid == L && elements == L * WORD && pitch % WORD == 0)
+    return at::vec::transpose_mxn<float, L, L>(reinterpret_cast<const float*>(src), pitch / WORD, dst, ld);
+  alignas(64) float buffer[L][L] = {};
+  for (int64_t j = 0; j < valid; ++j) std::memcpy(buffer[j], src + j * pitch, elements * sizeof(Weight));
+  at::vec::transpose_mxn<float, L, L>(&buffer[0][0], L, dst, ld);
+}
+
+// L columns x L words are transposed at a time.
 inline void pack(const Matrix& w, Columns columns, uint32_t* panel) {
-  const int64_t units = (w.k + UNIT - 1) / UNIT;
   const int64_t pitch = columns.step * w.stride;
-  constexpr bool direct = sizeof(Weight) * UNIT == 4;
   for (int64_t n = 0; n < NR; n += L) {
     const int64_t valid = std::clamp<int64_t>(columns.count - n, 0, L);
-    for (int64_t u = 0; u < units; u += L) {
-      const int64_t depth = std::min<int64_t>(L, units - u);
-      float* dst = reinterpret_cast<float*>(panel) + u * NR + n;
-      const Weight* src = valid > 0 ? w.column(columns.first + n * columns.step) + u * UNIT : nullptr;
-      if (direct && valid == L && (u + L) * UNIT <= w.k && pitch % UNIT == 0) {
-        for (int64_t j = 0; j < L; ++j) prefetch(src + j * pitch + 2 * L * UNIT);
-        at::vec::transpose_mxn<float, L, L>(reinterpret_cast<const float*>(src), pitch / UNIT, dst, NR);
-        continue;
-      }
-      alignas(64) float buffer[L][L] = {};
-      for (int64_t j = 0; j < valid; ++j) {
-        const int64_t elements = std::min<int64_t>(L * UNIT, w.k - u * UNIT);
-        if constexpr (direct) {
-          std::memcpy(buffer[j], src + j * pitch, elements * sizeof(Weight));
+    for (int64_t k = 0; k < w.k; k += L * WORD) {
+      const int64_t elements = std::min<int64_t>(L * WORD, w.k - k);
+      const Weight* src = w.column(columns.first + (valid > 0 ? n : 0) * columns.step) + k;
+      for (int64_t j = 0; j < valid; ++j) prefetch(src + j * pitch + 2 * L * WORD);
+      alignas(64) float words[L][L];
+      transpose_words(src, pitch, valid, elements, &words[0][0], L);
+      for (int u = 0; u < L; ++u) {
+#if BRAZE_SPLIT
+        const __m512i both = _mm512_load_si512(words[u]);
+        part<0>(both).store(panel + (k + u) * NR + n);
+        part<1>(both).store(panel + (k + L + u) * NR + n);
+#else
+        if (k + u * WORD >= w.k) break;
+        if constexpr (UNIT == WORD) {
+          V::loadu(words[u]).store(panel + (k / UNIT + u) * NR + n);
         } else {
-          (elements == L ? load_wide(src + j * pitch) : load_wide(src + j * pitch, elements)).store(buffer[j]);
+          const Weight* pairs = reinterpret_cast<const Weight*>(words[u]);
+          for (int i = 0; i < WORD && k + u * WORD + i < w.k; ++i) {
+            alignas(64) Weight one[L];
+            for (int j = 0; j < L; ++j) one[j] = pairs[j * WORD + i];
+            load_wide(one).store(panel + (k + u * WORD + i) * NR + n);
+          }
         }
+#endif
       }
-      alignas(64) float turned[L][L];
-      at::vec::transpose_mxn<float, L, L>(&buffer[0][0], L, &turned[0][0], L);
-      for (int64_t i = 0; i < depth; ++i) std::memcpy(dst + i * NR, turned[i], sizeof(turned[i]));
     }
   }
 }
@@ -293,14 +354,14 @@ inline void multiply(
     done(0, count);
     return;
   }
-  const int64_t size = (w.k + UNIT - 1) / UNIT * NR;
+  const int64_t size = (depth(w.k) + UNIT - 1) / UNIT * NR;
   for (int g = 0; g < group_count; ++g) pack(w, groups[g], space.panels + g * size);
   const int64_t tiles = (count + MR - 1) / MR;
   for (int64_t t = 0, first = 0; t < tiles; ++t) {
     const int m = (count - first + tiles - t - 1) / (tiles - t);
     for (int g = 0; g < group_count; ++g)
       with_height<MR>(m, [&](auto height) {
-        panel_tile<height()>(rows + first, space.panels + g * size, w.k, space.tile + g * NR);
+        panel_tile<height()>(rows + first, space.panels + g * size, depth(w.k), space.tile + g * NR);
       });
     done(first, m);
     first += m;

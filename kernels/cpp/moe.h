@@ -109,18 +109,28 @@ inline void load_bias(const Table& bias, int64_t e, const Columns* groups, int g
     for (int64_t n = 0; n < groups[g].count; ++n) out[g * NR + n] = bias.at(e, groups[g].first + n * groups[g].step);
 }
 
-// One row of the tile -> act columns, in the dtype they are multiplied in.
+// One row of the tile -> act columns, in the dtype and order they are multiplied in.
 inline void activate(const float* c, const float* bias, float weight, int64_t count, Operand* out) {
   const V w(weight);
   auto at = [&](int64_t i) { return at::vec::fmadd(V::loadu(c + i), w, V::loadu(bias + i)); };
-  for (int64_t j = 0; j < count; j += L) {
-    V g = at(GATES == 2 && WOVEN ? 2 * j : j), u = g;
-    if (WOVEN) {
-      std::tie(g, u) = at::vec::deinterleave2(g, at(2 * j + L));
-    } else if (GATES == 2) {
-      u = at(NR + j);
+  auto columns = [&](int64_t j) {
+    if constexpr (GATES == 1) return activation(at(j), V(0.f));
+    if constexpr (WOVEN) {
+      const auto [g, u] = at::vec::deinterleave2(at(2 * j), at(2 * j + L));
+      return activation(g, u);
     }
-    store(out + j, activation(g, u), std::min<int64_t>(L, count - j));
+    return activation(at(j), at(NR + j));
+  };
+  if constexpr (BRAZE_SPLIT) {
+    for (int64_t j = 0; j < count; j += 2 * L) {
+      const V lo = V::set(V(0.f), columns(j), std::min<int64_t>(L, count - j));
+      const V hi = count - j > L ? V::set(V(0.f), columns(j + L), std::min<int64_t>(L, count - j - L)) : V(0.f);
+      const auto [even, odd] = at::vec::deinterleave2(lo, hi);
+      even.store(out + j);
+      odd.store(out + j + L);
+    }
+  } else {
+    for (int64_t j = 0; j < count; j += L) store(out + j, columns(j), std::min<int64_t>(L, count - j));
   }
 }
 
@@ -132,14 +142,14 @@ struct Task {
 constexpr int64_t ROWS_A_TASK = 512;
 
 // Columns a task: as many as a tile takes, fewer while there are fewer than four tasks a thread.
-inline int64_t columns_per_task(int64_t widest, int64_t columns, int64_t repeats, int threads) {
+inline int64_t columns_per_task(int64_t widest, int64_t least, int64_t columns, int64_t repeats, int threads) {
   int64_t width = widest;
-  while (width > 8 && repeats * ((columns + width - 1) / width) < 4 * threads) width /= 2;
+  while (width > least && repeats * ((columns + width - 1) / width) < 4 * threads) width /= 2;
   return width;
 }
 
 inline std::vector<Task> first_tasks(const Problem& p, const Routing& r, int threads) {
-  const int64_t width = columns_per_task(ACT_COLUMNS, p.inner, r.used.size(), threads);
+  const int64_t width = columns_per_task(ACT_COLUMNS, BRAZE_SPLIT ? 2 * L : 8, p.inner, r.used.size(), threads);
   std::vector<Task> tasks;
   for (const int64_t e : r.used)
     for (int64_t begin = r.begin[e]; begin < r.begin[e + 1]; begin += ROWS_A_TASK)
@@ -151,7 +161,7 @@ inline std::vector<Task> first_tasks(const Problem& p, const Routing& r, int thr
 // Tokens are cut too where columns alone do not occupy all threads, or where sums would leave the cache.
 inline std::vector<Task> second_tasks(const Problem& p, int threads) {
   constexpr int64_t most = 4096, least = 512;
-  const int64_t width = columns_per_task(TILE_COLUMNS, p.hidden, 1, threads);
+  const int64_t width = columns_per_task(TILE_COLUMNS, 8, p.hidden, 1, threads);
   const int64_t blocks = (p.hidden + width - 1) / width;
   int64_t chunk = std::min(most, p.tokens);
   while (chunk > least && blocks * ((p.tokens + chunk - 1) / chunk) < 2 * threads) chunk = (chunk + 1) / 2;
@@ -169,14 +179,24 @@ inline const Operand* operand_rows(const Problem& p, const T* x, Operand* copy, 
     *stride = p.x_stride;
     return x;
   } else {
-    *stride = p.hidden;
+    *stride = depth(p.hidden);
 #pragma omp for
-    for (int64_t t = 0; t < p.tokens; ++t)
+    for (int64_t t = 0; t < p.tokens; ++t) {
+      const T* src = x + t * p.x_stride;
+      Operand* dst = copy + t * depth(p.hidden);
+#if BRAZE_SPLIT
+      for (int64_t i = 0; i < p.hidden; i += 2 * L) {
+        const __m512i both = load_some(src + i, std::min<int64_t>(2 * L, p.hidden - i));
+        part<0>(both).store(dst + i);
+        part<1>(both).store(dst + i + L);
+      }
+#else
       for (int64_t i = 0; i < p.hidden; i += L) {
         const int count = std::min<int64_t>(L, p.hidden - i);
-        const T* src = x + t * p.x_stride + i;
-        store(copy + t * p.hidden + i, count == L ? load_wide(src) : load_wide(src, count), count);
+        store(dst + i, count == L ? load_wide(src + i) : load_wide(src + i, count), count);
       }
+#endif
+    }
     return copy;
   }
 }
@@ -257,9 +277,9 @@ inline void moe(const Problem& p, const Routing& r, int threads) {
   for (const int64_t e : r.used) most_rows = std::max(most_rows, r.begin[e + 1] - r.begin[e]);
   // Rows that start a multiple of 4 KiB apart would compete for the same lines of the L1 cache.
   const int64_t act_stride = (p.inner + 31) / 32 * 32 + 32;
-  const int64_t panel = (std::max(p.hidden, p.inner) + UNIT - 1) / UNIT * NR;
+  const int64_t panel = (depth(std::max(p.hidden, p.inner)) + UNIT - 1) / UNIT * NR;
   Buffer<Operand> act(r.begin[p.experts] * act_stride);
-  Buffer<Operand> copy(std::is_same_v<Operand, Weight> ? 0 : p.tokens * p.hidden);
+  Buffer<Operand> copy(std::is_same_v<Operand, Weight> ? 0 : p.tokens * depth(p.hidden));
 #pragma omp parallel num_threads(threads)
   {
     Buffer<float> tile(TILE_ROWS * TILE_COLUMNS), sums(most_tokens * TILE_COLUMNS);

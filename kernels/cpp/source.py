@@ -35,8 +35,8 @@ VECTOR: Mapping[str, Callable[..., Any]] = {
 }
 
 
-def moe_source(dtype: torch.dtype, layout: GateUpLayout, transposed: bool, activation: str) -> str:
-    """The source of the kernel in moe.h for weights of `dtype`.
+def moe_source(dtype: torch.dtype, layout: GateUpLayout, transposed: bool, activation: str, bf16_dot: bool) -> str:
+    """The source of the kernel in moe.h for weights of `dtype`; bf16_dot: use the CPU's dot product of bfloat16.
 
     NotImplementedError where the activation has no spelling in C++; ValueError where it is no activation.
     """
@@ -47,7 +47,8 @@ def moe_source(dtype: torch.dtype, layout: GateUpLayout, transposed: bool, activ
         "BRAZE_LAYOUT_HALVES": layout == "halves",
         "BRAZE_LAYOUT_INTERLEAVED": layout == "interleaved",
         "BRAZE_LAYOUT_NONE": layout == "none",
-        "BRAZE_DOT_ROWS": 16,
+        "BRAZE_BF16_DOT": bf16_dot,
+        "BRAZE_DOT_ROWS": 16 if dtype == torch.bfloat16 else 32,
     }
     return "\n".join(
         (
