@@ -13,10 +13,16 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor import config
+from torch._inductor import config, ir
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.lowering import lowerings, register_lowering
+from torch._inductor.virtualized import V
+from torch._inductor.virtualized import ops as inductor_ops
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+
+from braze.kernels.spec import PairLayout, RopeSpec
 
 HOOK = "post_grad_custom_pre_pass"
 
@@ -53,6 +59,7 @@ def compile_graph(
 
     key: what `transform` depends on besides the package's sources. patches: Inductor settings for this graph.
     """
+    register()
     before = patches.get(HOOK, getattr(config, HOOK))
     hooked = {**patches, HOOK: GraphPass(transform, key, before)}
     return compile_fx(gm, example_inputs, config_patches=hooked)  # type: ignore[no-any-return, arg-type]
@@ -88,3 +95,172 @@ def versions() -> str:
 def decompositions() -> Mapping[Any, Callable[..., Any]]:
     """The table that puts ATen ops into the dialect of Inductor's post-grad graphs."""
     return select_decomp_table()
+
+
+def register() -> None:
+    """Registers the lowering of `braze::rope`, once; the op must have been defined."""
+    op = torch.ops.braze.rope.default
+    if op not in lowerings:
+        register_lowering(op, type_promotion_kind=None)(_lower_rope)
+
+
+def _lower_rope(x: Any, cos: Any, sin: Any, **attributes: Any) -> Any:
+    """`braze.kernels.reference.rope` as pointwise code, in the form that the device's code generator makes most of."""
+    spec = RopeSpec(**attributes)
+    x.mark_reuse(2)  # each element is read for itself and for its partner
+    rotation = _Rotation(x, cos, sin, spec)
+    if x.get_device().type != "cpu":
+        return rotation.by_element()
+    if spec.layout_in == spec.layout_out == "interleaved" and rotation.wide_tables:
+        return rotation.by_shift()
+    if spec.layout_out == "half" and rotation.whole and spec.rotary_dim // 2 % _CPU_LANES == 0:
+        return rotation.by_element()
+    return rotation.by_halves()
+
+
+_CPU_LANES = 32  # the most elements in one of Inductor's vectors: 512 bits of a 16-bit type
+_Index = Sequence[Any]
+
+
+class _Rotation:
+    """One rotation's loads and its three loop forms; element (j, i) is component j (0 or 1) of pair i."""
+
+    def __init__(self, x: Any, cos: Any, sin: Any, spec: RopeSpec) -> None:
+        self.x, self.spec = x, spec
+        self.size = list(x.get_size())
+        self.half = spec.rotary_dim // 2
+        self.acc = torch.float64 if x.get_dtype() == torch.float64 else torch.float32
+        self.dtype = spec.out_dtype or x.get_dtype()
+        self.whole = V.graph.sizevars.statically_known_equals(self.size[-1], spec.rotary_dim)
+        self.wide_tables = V.graph.sizevars.statically_known_equals(cos.get_size()[-1], spec.rotary_dim)
+        self.load_x = x.make_loader()
+        self.load_cos, self.load_sin = self._table(cos), self._table(sin)
+
+    def _table(self, table: Any) -> Callable[[_Index, Any], Any]:
+        """A loader of a table at (the index of x without the last, column)."""
+        load, size = table.make_loader(), table.get_size()
+        ahead = len(self.size) - len(size)
+        single = [V.graph.sizevars.statically_known_equals(s, 1) for s in size[:-1]]
+
+        def at(lead: _Index, column: Any) -> Any:
+            return self._wide(load([0 if one else lead[ahead + n] for n, one in enumerate(single)] + [column]))
+
+        return at
+
+    def _wide(self, value: Any) -> Any:
+        return inductor_ops.to_dtype(value, self.acc)
+
+    def _narrow(self, value: Any) -> Any:
+        return inductor_ops.to_dtype(value, self.dtype)
+
+    def _place(self, layout: PairLayout, j: Any, i: Any) -> Any:
+        return self.half * j + i if layout == "half" else 2 * i + j
+
+    def _products(self, lead: _Index, j: Any, i: Any) -> tuple[Any, Any]:
+        """(own element times cos, partner times sin): the result is their difference for j = 0, their sum for j = 1."""
+        spec = self.spec
+        own = self._wide(self.load_x([*lead, spec.start + self._place(spec.layout_in, j, i)]))
+        partner = self._wide(self.load_x([*lead, spec.start + self._place(spec.layout_in, 1 - j, i)]))
+        column = self._place(spec.layout_out, j, i) if self.wide_tables else i
+        return (
+            inductor_ops.mul(own, self.load_cos(lead, column)),
+            inductor_ops.mul(partner, self.load_sin(lead, column)),
+        )
+
+    def _pointwise(self, size: _Index, value: Callable[[_Index], Any]) -> Any:
+        return ir.Pointwise.create(
+            device=self.x.get_device(),
+            dtype=self.dtype,
+            inner_fn=lambda index: self._narrow(value(index)),
+            ranges=list(size),
+        )
+
+    def by_element(self) -> Any:
+        """One loop over the result, pairs by index arithmetic: fuses on both sides."""
+        spec = self.spec
+
+        def rotated(lead: _Index, d: Any) -> Any:
+            n = d - spec.start
+            outer, inner = FloorDiv(n, self.half), ModularIndexing(n, 1, self.half)
+            if spec.layout_out == "interleaved":
+                outer, inner = ModularIndexing(n, 1, 2), FloorDiv(n, 2)
+            own, partner = self._products(lead, outer, inner)
+            sign = (1 - 2 * outer) if spec.inverse else (2 * outer - 1)
+            sign = self._wide(inductor_ops.index_expr(sign, torch.int32))
+            return inductor_ops.add(own, inductor_ops.mul(partner, sign))
+
+        def value(index: _Index) -> Any:
+            lead, d = index[:-1], index[-1]
+            if self.whole:
+                return rotated(lead, d)
+            inside = self._inside(d)
+            turned = inductor_ops.masked(inside, lambda: rotated(lead, d), 0.0)
+            return inductor_ops.where(inside, turned, self._wide(self.load_x(index)))
+
+        return self._pointwise(self.size, value)
+
+    def _inside(self, d: Any) -> Any:
+        """Whether d is among the rotated ones."""
+        position = inductor_ops.index_expr(d, torch.int32)
+        begin, end = self.spec.start, self.spec.start + self.spec.rotary_dim
+        inside = inductor_ops.lt(position, inductor_ops.constant(end, torch.int32))
+        if begin == 0:
+            return inside
+        return inductor_ops.and_(inside, inductor_ops.ge(position, inductor_ops.constant(begin, torch.int32)))
+
+    def by_shift(self) -> Any:
+        """One loop over the result where partners are neighbours: two shifted loads under opposite masks.
+
+        The C++ generator vectorises a load whose index steps by one, masked or not, and nothing that steps by two.
+        """
+        spec = self.spec
+
+        def rotated(lead: _Index, d: Any) -> Any:
+            n = inductor_ops.index_expr(d - spec.start, torch.int32)
+            parity = inductor_ops.bitwise_and(n, inductor_ops.constant(1, torch.int32))
+            second = inductor_ops.eq(parity, inductor_ops.constant(1, torch.int32))
+            first = inductor_ops.eq(parity, inductor_ops.constant(0, torch.int32))
+            before = inductor_ops.masked(second, lambda: self._wide(self.load_x([*lead, d - 1])), 0.0)
+            after = inductor_ops.masked(first, lambda: self._wide(self.load_x([*lead, d + 1])), 0.0)
+            turned = inductor_ops.sub(after, before) if spec.inverse else inductor_ops.sub(before, after)
+            own = inductor_ops.mul(self._wide(self.load_x([*lead, d])), self.load_cos(lead, d - spec.start))
+            return inductor_ops.add(own, inductor_ops.mul(turned, self.load_sin(lead, d - spec.start)))
+
+        def value(index: _Index) -> Any:
+            lead, d = index[:-1], index[-1]
+            if self.whole:
+                return rotated(lead, d)
+            inside = self._inside(d)
+            turned = inductor_ops.masked(inside, lambda: rotated(lead, d), 0.0)
+            return inductor_ops.where(inside, turned, self._wide(self.load_x(index)))
+
+        return self._pointwise(self.size, value)
+
+    def by_halves(self) -> Any:
+        """Two loops over pairs, one for each component, that write into one result; the scheduler makes one loop of them."""
+        spec, last = self.spec, len(self.size) - 1
+
+        def component(j: int) -> Any:
+            def value(index: _Index) -> Any:
+                own, partner = self._products(index[:-1], j, index[-1])
+                return inductor_ops.add(own, partner) if (j == 1) != spec.inverse else inductor_ops.sub(own, partner)
+
+            return self._pointwise([*self.size[:-1], self.half], value)
+
+        def passed(begin: Any, end: Any) -> Any:
+            return self._pointwise(
+                [*self.size[:-1], end - begin], lambda index: self.load_x([*index[:-1], index[-1] + begin])
+            )
+
+        cat = lowerings[torch.ops.aten.cat.default]
+        parts = [component(0), component(1)]
+        if spec.layout_out == "interleaved":
+            columns = [lowerings[torch.ops.aten.unsqueeze.default](part, last + 1) for part in parts]
+            pairs = cat(columns, last + 1)
+            parts = [lowerings[torch.ops.aten.reshape.default](pairs, [*self.size[:-1], spec.rotary_dim])]
+        end = spec.start + spec.rotary_dim
+        if spec.start:
+            parts.insert(0, passed(0, spec.start))
+        if not V.graph.sizevars.statically_known_equals(self.size[-1], end):
+            parts.append(passed(end, self.size[-1]))
+        return parts[0] if len(parts) == 1 else cat(parts, last)
