@@ -1,0 +1,245 @@
+"""Rotates the heads of q and k in one launch, with cos and sin read once for a token and not once for a head.
+
+A program owns one token and a block of its heads: the tables are one row that is broadcast down a [heads, pairs] tile. An
+RMSNorm over the head before the rotation costs no more memory traffic, since the tile holds whole heads.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from braze.kernels.spec import RopeSpec
+
+HAVE_TRITON = importlib.util.find_spec("triton") is not None
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_SIZE = 512
+TILE = 4096  # elements of one program's heads
+WARPS = 4
+
+if HAVE_TRITON:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _components(row, columns, mask, HALF: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
+        """The two components of each pair in rows of pointers [N, 1]: contiguous loads in both layouts; float32 [N, PAIRS]."""
+        if INTERLEAVED:
+            both = tl.arange(0, 2 * PAIRS)[None, :]
+            value = tl.load(row + both, mask=mask & (both < 2 * HALF), other=0.0).to(tl.float32)
+            a, b = tl.split(tl.reshape(value, (value.shape[0], PAIRS, 2)))
+        else:
+            a = tl.load(row + columns, mask=mask & (columns < HALF), other=0.0).to(tl.float32)
+            b = tl.load(row + HALF + columns, mask=mask & (columns < HALF), other=0.0).to(tl.float32)
+        return a, b
+
+    @triton.jit
+    def _rotate(
+        x, out, weight, x_row, out_row, x_head, out_head, heads, block, ca, cb, sa, sb, eps,
+        SIZE: tl.constexpr, START: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
+        HEADS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, COPY: tl.constexpr, NORM: tl.constexpr,
+        WEIGHT: tl.constexpr, ONE: tl.constexpr,
+    ):  # fmt: skip
+        """One block of heads of one token; NORM, WEIGHT and ONE: RMSNorm first, by weight or by 1 + weight."""
+        head = (block * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
+        mask = head < heads
+        pair = tl.arange(0, PAIRS)[None, :]
+        source = x + x_row + head * x_head
+        target = out + out_row + head * out_head
+        a, b = _components(source + START, pair, mask, HALF, PAIRS, IN)
+        if COPY:
+            n = tl.arange(0, REST)[None, :]
+            column = tl.where(n < START, n, n + 2 * HALF)
+            inside = mask & (n < SIZE - 2 * HALF)
+            rest = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            squares = tl.sum(a * a, 1) + tl.sum(b * b, 1)
+            if COPY:
+                squares += tl.sum(rest * rest, 1)
+            scale = tl.rsqrt(squares / SIZE + eps)[:, None]
+            a, b = a * scale, b * scale
+            if WEIGHT:
+                origin = tl.zeros((1, 1), tl.int32)
+                wa, wb = _components(weight + START + origin, pair, origin == 0, HALF, PAIRS, IN)
+                a, b = a * (wa + ONE), b * (wb + ONE)
+            if COPY:
+                rest = rest * scale
+                if WEIGHT:
+                    wr = tl.load(weight + column, mask=n < SIZE - 2 * HALF, other=0.0).to(tl.float32)
+                    rest = rest * (wr + ONE)
+        c = (a * ca - b * sa).to(out.dtype.element_ty)
+        d = (b * cb + a * sb).to(out.dtype.element_ty)
+        if OUT:
+            both = tl.arange(0, 2 * PAIRS)[None, :]
+            tl.store(
+                target + START + both, tl.reshape(tl.join(c, d), (HEADS, 2 * PAIRS)), mask=mask & (both < 2 * HALF)
+            )
+        else:
+            tl.store(target + START + pair, c, mask=mask & (pair < HALF))
+            tl.store(target + START + HALF + pair, d, mask=mask & (pair < HALF))
+        if COPY:
+            tl.store(target + column, rest.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def rope_kernel(
+        q, k, q_out, k_out, cos, sin, q_weight, k_weight, tokens,
+        q_batch, q_token, q_head, k_batch, k_token, k_head,
+        qo_batch, qo_token, qo_head, ko_batch, ko_token, ko_head,
+        cos_batch, cos_token, sin_batch, sin_token, q_heads, k_heads, eps,
+        SIZE: tl.constexpr, START: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
+        Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, Q_BLOCKS: tl.constexpr,
+        IN: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr, INVERSE: tl.constexpr, COPY: tl.constexpr,
+        NORM: tl.constexpr, WEIGHT: tl.constexpr, ONE: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        block = tl.program_id(1)
+        batch, token = row // tokens, row % tokens
+        pair = tl.arange(0, PAIRS)[None, :]
+        origin = tl.zeros((1, 1), tl.int32)
+        cos_row = cos + batch * cos_batch + token * cos_token + origin
+        sin_row = sin + batch * sin_batch + token * sin_token + origin
+        if WIDE:
+            there = origin == 0
+            ca, cb = _components(cos_row, pair, there, HALF, PAIRS, OUT)
+            sa, sb = _components(sin_row, pair, there, HALF, PAIRS, OUT)
+        else:
+            ca = tl.load(cos_row + pair, mask=pair < HALF, other=0.0).to(tl.float32)
+            sa = tl.load(sin_row + pair, mask=pair < HALF, other=0.0).to(tl.float32)
+            cb, sb = ca, sa
+        if INVERSE:
+            sa, sb = -sa, -sb
+        if block < Q_BLOCKS:
+            _rotate(
+                q, q_out, q_weight, batch * q_batch + token * q_token, batch * qo_batch + token * qo_token,
+                q_head, qo_head, q_heads, block, ca, cb, sa, sb, eps,
+                SIZE, START, HALF, PAIRS, REST, Q_HEADS, IN, OUT, COPY, NORM, WEIGHT, ONE,
+            )  # fmt: skip
+        else:
+            _rotate(
+                k, k_out, k_weight, batch * k_batch + token * k_token, batch * ko_batch + token * ko_token,
+                k_head, ko_head, k_heads, block - Q_BLOCKS, ca, cb, sa, sb, eps,
+                SIZE, START, HALF, PAIRS, REST, K_HEADS, IN, OUT, COPY, NORM, WEIGHT, ONE,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm over the whole head before the rotation: x / sqrt(mean(x^2) + eps), times weight or 1 + weight.
+
+    Weights are [D], both or neither; add_one says that they are stored less one.
+    """
+
+    eps: float
+    q_weight: Tensor | None = None
+    k_weight: Tensor | None = None
+    add_one: bool = False
+
+
+def supports(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    spec: RopeSpec,
+    norm: Norm | None = None,
+    in_place: bool = False,
+) -> str | None:
+    """Why `run` can't take these tensors (fake ones too), in words; None where it can. Shapes as for `run`."""
+    xs = [q] if k is None else [q, k]
+    size = q.shape[-1]
+    checks = (
+        (HAVE_TRITON, "Triton is not installed"),
+        (q.device.type in ("cuda", "xpu"), f"Triton has no {q.device.type} backend here"),
+        (all(x.ndim == 4 for x in xs), "q and k must be [B, H, S, D]"),
+        (all(x.dtype in DTYPES for x in (*xs, cos, sin)), "only float16, bfloat16 and float32"),
+        ((spec.out_dtype or q.dtype) in DTYPES, f"no result in {spec.out_dtype}"),
+        (all(x.shape[-1] == size for x in xs), "q and k have different head sizes"),
+        (all(x.stride(-1) == 1 for x in (*xs, cos, sin)), "a last dimension is not contiguous"),
+        (size <= MAX_HEAD_SIZE, f"head size {size} exceeds {MAX_HEAD_SIZE}"),
+        (spec.start + spec.rotary_dim <= size, f"{spec.start} + {spec.rotary_dim} exceeds the head size {size}"),
+        (cos.shape == sin.shape and cos.ndim == 3, "tables must be [B or 1, S, W]"),
+        (cos.shape[-1] in (spec.rotary_dim, spec.rotary_dim // 2), f"tables of {cos.shape[-1]} columns"),
+        (k is None or (q.shape[0], q.shape[2]) == (k.shape[0], k.shape[2]), "q and k have different tokens"),
+        (not in_place or spec.layout_in == spec.layout_out, "a change of pair layout can't be made in place"),
+        (not in_place or spec.out_dtype in (None, q.dtype), "a change of dtype can't be made in place"),
+        (norm is None or k is None or (norm.q_weight is None) == (norm.k_weight is None), "only one norm has a weight"),
+    )
+    return next((reason for fine, reason in checks if not fine), None)
+
+
+def run(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    spec: RopeSpec,
+    *,
+    norm: Norm | None = None,
+    in_place: bool = False,
+    tile: int = TILE,
+    warps: int = WARPS,
+) -> tuple[Tensor, Tensor | None]:
+    """Rotates q [B, H, S, D] and k [B, K, S, D] by cos and sin [B or 1, S, R or R/2]; any strides but the last, 1.
+
+    [B, S, H, D] is passed as `x.transpose(1, 2)`, [T, H, D] as `x.transpose(0, 1)[None]`. A result is laid out in memory as
+    its input is; with in_place it is the input. ValueError where `supports` has a reason.
+    """
+    reason = supports(q, k, cos, sin, spec, norm, in_place)
+    if reason is not None:
+        raise ValueError(f"rope: {reason}")
+    return launch(q, k, cos, sin, spec, norm, in_place, tile, warps)
+
+
+def launch(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    spec: RopeSpec,
+    norm: Norm | None,
+    in_place: bool,
+    tile: int,
+    warps: int,
+) -> tuple[Tensor, Tensor | None]:
+    """`run` without its checks, on whatever device Triton or its interpreter runs on."""
+    dtype = spec.out_dtype or q.dtype
+    q_out = q if in_place else torch.empty_like(q, dtype=dtype)
+    k_out = k if in_place or k is None else torch.empty_like(k, dtype=dtype)
+    if q.numel() == 0:
+        return q_out, k_out
+    batch, q_heads, tokens, size = q.shape
+    k_heads = 0 if k is None else k.shape[1]
+    pairs = triton.next_power_of_2(spec.rotary_dim // 2)
+    rest = size - spec.rotary_dim
+    whole = triton.next_power_of_2(size)
+    q_block = min(triton.next_power_of_2(q_heads), max(1, tile // whole))
+    k_block = min(triton.next_power_of_2(max(1, k_heads)), max(1, tile // whole))
+    q_blocks = triton.cdiv(q_heads, q_block)
+    blocks = q_blocks + triton.cdiv(k_heads, k_block)
+    weight = norm is not None and norm.q_weight is not None
+    other, other_out = (q, q_out) if k is None or k_out is None else (k, k_out)
+    q_weight = norm.q_weight if weight and norm is not None else cos
+    k_weight = norm.k_weight if weight and norm is not None and norm.k_weight is not None else q_weight
+    rope_kernel[(batch * tokens, blocks)](
+        q, other, q_out, other_out, cos, sin, q_weight, k_weight, tokens,
+        *_strides(q), *_strides(other), *_strides(q_out), *_strides(other_out),
+        _batch_stride(cos), cos.stride(1), _batch_stride(sin), sin.stride(1), q_heads, k_heads, norm.eps if norm else 0.0,
+        SIZE=size, START=spec.start, HALF=spec.rotary_dim // 2, PAIRS=pairs, REST=triton.next_power_of_2(max(1, rest)),
+        Q_HEADS=q_block, K_HEADS=k_block, Q_BLOCKS=q_blocks,
+        IN=spec.layout_in == "interleaved", OUT=spec.layout_out == "interleaved", WIDE=cos.shape[-1] == spec.rotary_dim,
+        INVERSE=spec.inverse, COPY=rest > 0 and (not in_place or norm is not None),
+        NORM=norm is not None, WEIGHT=weight, ONE=1.0 if norm is not None and norm.add_one else 0.0,
+        num_warps=warps,
+    )  # fmt: skip
+    return q_out, k_out
+
+
+def _strides(x: Tensor) -> tuple[Any, Any, Any]:
+    """(batch, token, head) strides of [B, H, S, D]."""
+    return x.stride(0), x.stride(2), x.stride(1)
+
+
+def _batch_stride(table: Tensor) -> int:
+    return 0 if table.shape[0] == 1 else table.stride(0)
