@@ -1,0 +1,77 @@
+"""Captures the graphs that braze's passes see, fuses them, and runs them by interpretation: all of braze but code generation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor, fx
+from torch._inductor.compile_fx import compile_fx
+
+from braze.lowering.inductor import no_modes
+from braze.passes import pipeline
+
+
+def compiled_by(inner: Callable[[fx.GraphModule], None]) -> Callable[..., Any]:
+    """A backend that hands each functional, decomposed graph to `inner`, then interprets it."""
+
+    def run(gm: fx.GraphModule, example_inputs: Any, **_: Any) -> Callable[..., Any]:
+        for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+            node.target = torch.ops.aten.reshape.default  # as Inductor does first: strides are not fixed yet
+        inner(gm)
+        gm.recompile()
+        return make_boxed_func(gm.forward)  # type: ignore[no-any-return]
+
+    def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        return compile_fx(gm, example_inputs, inner_compile=run)
+
+    return backend
+
+
+def capture(model: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) -> list[fx.GraphModule]:
+    """The graphs of one call of `model`, in order."""
+    graphs: list[fx.GraphModule] = []
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        torch.compile(model, backend=compiled_by(graphs.append), dynamic=dynamic)(*inputs)
+    return graphs
+
+
+class Fused:
+    """A model whose graphs are fused by braze and interpreted; results: what the passes did to each graph, in order."""
+
+    def __init__(self, model: Callable[..., Any], dynamic: bool | None = None, strict: bool = True) -> None:
+        self.results: list[pipeline.Result] = []
+
+        def fuse(gm: fx.GraphModule) -> None:
+            with no_modes():
+                self.results.append(pipeline.run(gm.graph, strict=strict))
+            gm.graph.lint()
+
+        torch._dynamo.reset()
+        self.compiled = torch.compile(model, backend=compiled_by(fuse), dynamic=dynamic)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+            return self.compiled(*args, **kwargs)
+
+    def count(self, kind: str) -> list[int]:
+        """Sites of a kind in each graph."""
+        return [sum(f.kind == kind for _, f in r.calls) for r in self.results]
+
+    @property
+    def findings(self) -> list[Any]:
+        return [f for r in self.results for _, f in r.calls]
+
+    @property
+    def reasons(self) -> list[str]:
+        return [m.reason for r in self.results for m in r.near_misses]
+
+
+def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Largest difference relative to the largest value of a float64 reference; fails on zeros and on NaN."""
+    scale = expected.abs().max().item()
+    assert scale > 0, "the reference is zero: it proves nothing"
+    assert got.shape == expected.shape
+    error = (got.double() - expected).abs().max().item() / scale
+    assert error <= tolerance, f"relative error {error:.2e} above {tolerance:.0e}"
