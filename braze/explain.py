@@ -81,11 +81,11 @@ class Report:
             group = list(twins)
             s = group[0]
             dims = ", ".join(f"{k} {v}" for k, v in s.dims.items())
-            rows.append([f"{len(group)} x", s.kind, s.form, dims, f"{s.kernel}: {s.why}", s.proof, s.source])
+            rows.append([f"{len(group)} x", s.kind, s.form, dims, f"{s.kernel}: {s.why}", s.proof, _short(s.source)])
         return rows
 
     def _miss_rows(self) -> list[list[str]]:
-        return [[m.kind, m.reason, m.stage, m.source] for m in self.near_misses]
+        return [[m.kind, m.reason, m.stage, _short(m.source)] for m in self.near_misses]
 
     def __rich__(self) -> Table:
         table = Table(title=self._summary(), show_lines=True, title_justify="left")
@@ -103,6 +103,11 @@ class Report:
         out = io.StringIO()
         Console(file=out, width=160).print(self)
         return out.getvalue()
+
+
+def _short(source: str) -> str:
+    """A source line without the path to where packages are installed."""
+    return source.rsplit("site-packages/", 1)[-1]
 
 
 _SITE_COLUMNS = ("", "kind", "normal form", "sizes", "kernel, and why", "proof", "source")

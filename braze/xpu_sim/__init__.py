@@ -62,12 +62,15 @@ def compiled_graphs(name: str = "pvc") -> AbstractContextManager[None]:
     return inductor.compiled_graphs(target)
 
 
-def record() -> AbstractContextManager[list[Launch]]:
-    """A context that collects the launches made inside it: SPIR-V, compiler flags, grid, bytes of shared memory."""
+def record(run: bool = True) -> AbstractContextManager[list[Launch]]:
+    """A context that collects the launches made inside it: SPIR-V, compiler flags, grid, bytes of shared memory.
+
+    Without `run` kernels are compiled and recorded but not executed.
+    """
     require()
     from braze.xpu_sim import driver
 
-    return driver.record()
+    return driver.record(run)
 
 
 if missing() is None:

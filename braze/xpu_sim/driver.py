@@ -65,6 +65,15 @@ def argument(kind: str, value: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Function:
+    """A compiled kernel as Triton holds it: its name, target and SPIR-V; linked for the CPU at its first launch."""
+
+    name: str
+    target: str
+    module: bytes
+
+
+@dataclass(frozen=True)
 class Launch:
     """One launch that ran: the kernel's SPIR-V and what its machine code depends on.
 
@@ -80,18 +89,25 @@ class Launch:
     grid: tuple[int, int, int]
 
 
-RECORDS: list[list[Launch]] = []
+@dataclass(frozen=True)
+class Record:
+    """Where launches are collected; without `run` they are not executed."""
+
+    launches: list[Launch]
+    run: bool
+
+
+RECORDS: list[Record] = []
 
 
 @contextlib.contextmanager
-def record() -> Iterator[list[Launch]]:
-    """Collects the launches made inside it, in order."""
-    launches: list[Launch] = []
-    RECORDS.append(launches)
+def record(run: bool) -> Iterator[list[Launch]]:
+    """Collects the launches made inside it, in order; without `run` they are compiled and not executed."""
+    RECORDS.append(Record([], run))
     try:
-        yield launches
+        yield RECORDS[-1].launches
     finally:
-        RECORDS[:] = [other for other in RECORDS if other is not launches]
+        RECORDS.pop()
 
 
 class Launcher:
@@ -104,29 +120,33 @@ class Launcher:
         self.flags = str(metadata.build_flags)
         self.lanes = self.warps * int(metadata.threads_per_warp)
 
-    def __call__(self, x: int, y: int, z: int, stream: int, loaded: tuple[str, opencl.Program], *rest: Any) -> None:
-        import pyopencl as cl
-
-        target, program = loaded
+    def __call__(self, x: int, y: int, z: int, stream: int, function: Function, *rest: Any) -> None:
 
         _, launch_metadata, enter, leave, *values = rest
         if x * y * z == 0:
             return
+        if enter is not None:
+            enter(launch_metadata)
+        if all(records.run for records in RECORDS):
+            self.execute(opencl.load(function.module, function.name), (x, y, z), values)
+        if leave is not None:
+            leave(launch_metadata)
+        for records in RECORDS:
+            name, target, module = function.name, function.target, function.module
+            records.launches.append(Launch(name, target, module, self.flags, self.warps, self.shared, (x, y, z)))
+
+    def execute(self, program: opencl.Program, grid: tuple[int, int, int], values: Sequence[Any]) -> None:
+        import pyopencl as cl
+
+        x, y, z = grid
         arguments = [argument(kind, value) for kind, value in flatten(self.kinds, values)]
         if self.shared:
             arguments.append(cl.LocalMemory(self.shared))
-        if enter is not None:
-            enter(launch_metadata)
         program.kernel.set_args(*arguments)
         cl.enqueue_nd_range_kernel(opencl.queue(), program.kernel, (x * self.lanes, y, z), (self.lanes, 1, 1))
         opencl.queue().finish()
-        if leave is not None:
-            leave(launch_metadata)
         if program.fault is not None:
             check(program)
-        for launches in RECORDS:
-            name = program.kernel.function_name
-            launches.append(Launch(name, target, program.module, self.flags, self.warps, self.shared, (x, y, z)))
 
 
 def check(program: opencl.Program) -> None:
@@ -147,8 +167,7 @@ class Utils:
 
     @staticmethod
     def load_binary(name: str, module: bytes, shared: int, flags: str, device: str) -> tuple[Any, Any, int, int]:
-        program = opencl.load(module, name)
-        return program, (device, program), 0, 0
+        return None, Function(name, device, module), 0, 0
 
     @staticmethod
     def get_device_properties(device: str) -> dict[str, Any]:

@@ -30,10 +30,9 @@ LOCAL_MEMORY = "256KB"  # more than any GPU of Intel has, so that the kernel's t
 
 @dataclass(frozen=True)
 class Program:
-    """A linked OpenCL program: the SPIR-V `module` it was made from, `kernel` to launch; `fault`, a kernel that reads and
-    clears the fault word, or None where nothing can set it."""
+    """A linked OpenCL program: `kernel` to launch; `fault`, a kernel that reads and clears the fault word, or None where
+    nothing can set it."""
 
-    module: bytes
     kernel: Any
     fault: Any | None
 
@@ -121,7 +120,7 @@ def load(module: bytes, name: str) -> Program:
         partial = cached.with_suffix(f".{os.getpid()}")
         partial.write_bytes(program.get_info(cl.program_info.BINARIES)[0])
         partial.replace(cached)
-    return Program(module, cl.Kernel(program, name), cl.Kernel(program, builtins.FAULT_KERNEL) if source else None)
+    return Program(cl.Kernel(program, name), cl.Kernel(program, builtins.FAULT_KERNEL) if source else None)
 
 
 def link(module: bytes, source: str) -> cl.Program:

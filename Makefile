@@ -1,0 +1,41 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: demo test lint types unit docs clean
+
+demo: $(VENV)/.dev
+	$(BIN)/python examples/generate.py
+	$(BIN)/python examples/upcycle.py
+
+test: lint types unit
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy reads an installed, non-editable copy: the root's folders are not where the package's names say.
+types: $(VENV)/.dev
+	rm -rf build/typed
+	$(BIN)/pip install -q --no-deps --no-build-isolation --target build/typed .
+	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p braze
+
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(JOBS)
+
+# Tables that a command makes.
+docs: $(VENV)/.dev
+	$(BIN)/python -m braze.cli options > docs/options.md
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip 'setuptools>=77' wheel
+	$(BIN)/pip install -q -c constraints.txt torch  # first and alone: other packages would bring a larger build
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	-$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[xpu-verify]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
