@@ -9,9 +9,8 @@ from torch import Tensor
 from braze import xpu_sim
 
 GPU = torch.cuda.is_available()
-SIMULATED = (
-    not GPU and xpu_sim.missing() is None
-)  # Triton for XPU is here: tests/xpu_sim/test_rope.py runs the same cases
+# Where Triton is Intel's, tests/xpu_sim/test_rope.py runs the same cases.
+SIMULATED = not GPU and xpu_sim.missing() is None
 if not GPU and not SIMULATED:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

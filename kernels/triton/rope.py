@@ -18,6 +18,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_SIZE = 512
 TILE = 4096  # elements of one program's heads
 WARPS = 4
+XPU_TILE, XPU_WARPS = 2048, 8  # a warp of an XPU has 16 lanes: more elements for each spill (docs/xpu.md)
 
 if HAVE_TRITON:
     import triton
@@ -178,8 +179,8 @@ def run(
     *,
     norm: Norm | None = None,
     in_place: bool = False,
-    tile: int = TILE,
-    warps: int = WARPS,
+    tile: int | None = None,
+    warps: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Rotates q [B, H, S, D] and k [B, K, S, D] by cos and sin [B or 1, S, R or R/2]; any strides but the last, 1.
 
@@ -189,7 +190,8 @@ def run(
     reason = supports(q, k, cos, sin, spec, norm, in_place)
     if reason is not None:
         raise ValueError(f"rope: {reason}")
-    return launch(q, k, cos, sin, spec, norm, in_place, tile, warps)
+    best = (XPU_TILE, XPU_WARPS) if q.device.type == "xpu" else (TILE, WARPS)
+    return launch(q, k, cos, sin, spec, norm, in_place, tile or best[0], warps or best[1])
 
 
 def launch(
