@@ -1,7 +1,7 @@
 """The torch.compile backend: Inductor with braze's passes before its own post-grad ones.
 
-A captured graph reaches Inductor's post-grad stage functional and decomposed, in one dialect for torch.compile, torch.export and
-AOTInductor; there sites are found, proven, rewritten to semantic ops, and each op gets its kernel (braze.lowering).
+A captured graph reaches Inductor's post-grad stage functional and decomposed, in one dialect for torch.compile, torch.export
+and AOTInductor; there sites are found, proven, rewritten to semantic ops, and each op gets its kernel (braze.lowering).
 """
 
 import contextlib
@@ -67,7 +67,9 @@ def _tell(report: GraphReport) -> None:
     for reports in _listeners:
         reports.append(report)
     if report.sites:
-        kinds = ", ".join(f"{sum(f.kind == k for f in report.sites)} {k}" for k in dict.fromkeys(f.kind for f in report.sites))
+        kinds = ", ".join(
+            f"{sum(f.kind == k for f in report.sites)} {k}" for k in dict.fromkeys(f.kind for f in report.sites)
+        )
         log.info("fused %s in a graph of %d nodes (%.2f s)", kinds, report.nodes, report.seconds)
     else:
         log.warning("found nothing to fuse in a graph of %d nodes: compiled by Inductor as it is", report.nodes)
@@ -87,4 +89,6 @@ def braze(
     ValueError for an unknown option, value or mode; RequirementError where a required kind was not fused.
     """
     parsed = Options.parse(options, mode)
-    return inductor.compile_graph(gm, example_inputs, lambda graph: fuse_graph(graph, parsed), parsed.key(), parsed.inductor)
+    return inductor.compile_graph(
+        gm, example_inputs, lambda graph: fuse_graph(graph, parsed), parsed.key(), parsed.inductor
+    )

@@ -28,13 +28,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="braze", description="Finds MoE and RoPE in models and lowers them to fused kernels.")
+    parser = argparse.ArgumentParser(
+        prog="braze", description="Finds MoE and RoPE in models and lowers them to fused kernels."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     explain = commands.add_parser("explain", help="what is fused in a model, and what is not and why")
     source = explain.add_mutually_exclusive_group(required=True)
-    source.add_argument("target", nargs="?", help="MODULE:FUNCTION that returns (model, inputs tuple), or FILE.py:FUNCTION")
-    source.add_argument("--hf", metavar="FOLDER", help="a Hugging Face model folder or config.json, built with random weights")
+    source.add_argument(
+        "target", nargs="?", help="MODULE:FUNCTION that returns (model, inputs tuple), or FILE.py:FUNCTION"
+    )
+    source.add_argument(
+        "--hf", metavar="FOLDER", help="a Hugging Face model folder or config.json, built with random weights"
+    )
     explain.add_argument("--layers", type=int, default=2, help="layers to keep of an --hf model (default 2)")
     explain.add_argument("--tokens", type=int, default=16, help="tokens of an --hf model's input (default 16)")
     explain.add_argument("--dtype", default="bfloat16", help="dtype of an --hf model (default bfloat16)")

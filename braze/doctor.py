@@ -44,7 +44,11 @@ def _ipex() -> Check:
     if found is None:
         return Check("IPEX", "not installed")
     same = found.split(".")[:2] == torch.__version__.split(".")[:2]
-    return Check("IPEX", f"{found}" + ("" if same else f": must match torch's minor version, {torch.__version__}; not used"), same)
+    return Check(
+        "IPEX",
+        f"{found}" + ("" if same else f": must match torch's minor version, {torch.__version__}; not used"),
+        same,
+    )
 
 
 def _compiler() -> Check:

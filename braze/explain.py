@@ -63,7 +63,10 @@ class Report:
     def to_html(self) -> str:
         """A page of its own with both tables."""
         parts = [f"<h1>braze</h1><p>{html.escape(self._summary())}</p>"]
-        for title, columns, rows in (("Fused", _SITE_COLUMNS, self._site_rows()), ("Not fused", _MISS_COLUMNS, self._miss_rows())):
+        for title, columns, rows in (
+            ("Fused", _SITE_COLUMNS, self._site_rows()),
+            ("Not fused", _MISS_COLUMNS, self._miss_rows()),
+        ):
             head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
             body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
             parts.append(f"<h2>{title}</h2><table border=1><tr>{head}</tr>{body}</table>")
@@ -117,8 +120,8 @@ _MISS_COLUMNS = ("kind", "reason", "stage", "source")
 def explain(model: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> Report:
     """Compiles `model` for these inputs, runs it once, and tells what was fused, by which kernel and why, and what was not.
 
-    A module in eval mode runs without gradients, as it would be served; one in training mode with them. Nothing that was compiled
-    before is lost, and nothing of torch's settings changes after the call.
+    A module in eval mode runs without gradients, as it would be served; one in training mode with them. Nothing that was
+    compiled before is lost, and nothing of torch's settings changes after the call.
     """
     model = getattr(model, "_orig_mod", model)
 

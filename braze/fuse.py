@@ -21,7 +21,13 @@ def fuse(
 
 
 def fuse(
-    target: Any = None, /, *, mode: str | None = None, dynamic: bool | None = None, fullgraph: bool = False, **options: Any
+    target: Any = None,
+    /,
+    *,
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+    **options: Any,
 ) -> Any:
     """Compiles `target` with backend="braze" at its first call.
 

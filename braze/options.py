@@ -1,7 +1,7 @@
 """Every option of the backend, documented once. What is not braze's own goes to Inductor, after the same check.
 
-A misspelt option that is silently ignored costs a user more than an error does: an unknown name or a bad value raises and names the
-nearest valid one.
+A misspelt option that is silently ignored costs a user more than an error does: an unknown name or a bad value raises and
+names the nearest valid one.
 """
 
 import difflib
@@ -18,7 +18,7 @@ KERNELS: dict[Kind, tuple[str, ...]] = {"rope": ("auto", "pointwise"), "moe": ("
 #: name -> (type, default, what it does), in the order of the documentation
 DOCUMENTED: dict[str, tuple[str, str, str]] = {
     "require": (
-        "list of kinds", "[]", 'Kinds ("rope", "moe", "router") of which every compiled graph must fuse one, or compilation fails.'
+        "list of kinds", "[]", 'Kinds ("rope", "moe", "router") of which every graph must fuse one, or compilation fails.'
     ),
     "disable": ("list of kinds", "[]", "Kinds that are left as the model spells them."),
     "strict": ("bool", "False", "Raise an error inside braze's passes; otherwise it is logged and the site stays unfused."),
@@ -72,7 +72,9 @@ def _kinds(name: str, value: Any) -> tuple[Kind, ...]:
         raise ValueError(f"option {name!r} takes a list of kinds ({', '.join(KINDS)}), not {value!r}")
     for v in values:
         if v not in KINDS:
-            raise ValueError(f"option {name!r}: unknown kind {v!r}{_nearest(str(v), KINDS)} (kinds: {', '.join(KINDS)})")
+            raise ValueError(
+                f"option {name!r}: unknown kind {v!r}{_nearest(str(v), KINDS)} (kinds: {', '.join(KINDS)})"
+            )
     return tuple(k for k in KINDS if k in values)
 
 
@@ -90,7 +92,9 @@ def _kernels(name: str, value: Any) -> dict[str, str]:
             raise ValueError(f"option {name!r}: no kernels for kind {kind!r}{_nearest(str(kind), KERNELS)}")
         if kernel not in KERNELS[kind]:
             known = KERNELS[kind]
-            raise ValueError(f"option {name!r}: unknown kernel {kernel!r} for {kind}{_nearest(str(kernel), known)} (one of {known})")
+            raise ValueError(
+                f"option {name!r}: unknown kernel {kernel!r} for {kind}{_nearest(str(kernel), known)} (one of {known})"
+            )
     return dict(value)
 
 

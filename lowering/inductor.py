@@ -1,9 +1,10 @@
 """The one place that touches Inductor's private API: its compile function, pass hooks, cache keys and decompositions.
 
-braze's passes run as Inductor's custom post-grad pre-pass. The pass's uuid is part of Inductor's cache keys, so it covers all that
-decides what the pass makes: the sources of the package, its settings, and the versions of torch and Triton.
+braze's passes run as Inductor's custom post-grad pre-pass. The pass's uuid is part of Inductor's cache keys, so it covers all
+that decides what the pass makes: the sources of the package, its settings, and the versions of torch and Triton.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.virtualized import V
 from torch._inductor.virtualized import ops as inductor_ops
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from braze.kernels.spec import PairLayout, RopeSpec
@@ -38,7 +40,8 @@ class GraphPass(CustomGraphPass):  # type: ignore[misc]
     def __call__(self, graph: fx.Graph) -> None:
         for earlier in self.before:
             earlier(graph)
-        self.transform(graph)
+        with no_modes():
+            self.transform(graph)
 
     def uuid(self) -> Any | None:
         """The cache key; None, which turns Inductor's caches off, where an earlier pass has none."""
@@ -46,6 +49,11 @@ class GraphPass(CustomGraphPass):  # type: ignore[misc]
         if None in keys:
             return None
         return ("braze", source_key(), self.key, versions(), *map(str, keys))
+
+
+def no_modes() -> contextlib.AbstractContextManager[object]:
+    """Suspends fake-tensor and tracing modes: a proof computes with real numbers."""
+    return _disable_current_modes()  # type: ignore[no-any-return]
 
 
 def compile_graph(
@@ -62,7 +70,8 @@ def compile_graph(
     register()
     before = patches.get(HOOK, getattr(config, HOOK))
     hooked = {**patches, HOOK: GraphPass(transform, key, before)}
-    return compile_fx(gm, example_inputs, config_patches=hooked)  # type: ignore[no-any-return, arg-type]
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=hooked)
+    return compiled  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=1)
@@ -110,7 +119,8 @@ def _lower_rope(x: Any, cos: Any, sin: Any, **attributes: Any) -> Any:
     x.mark_reuse(2)  # each element is read for itself and for its partner
     rotation = _Rotation(x, cos, sin, spec)
     if x.get_device().type != "cpu":
-        return rotation.by_element()
+        shifts = spec.layout_in == spec.layout_out == "half" and rotation.wide_tables
+        return rotation.by_shift() if shifts else rotation.by_element()
     if spec.layout_in == spec.layout_out == "interleaved" and rotation.wide_tables:
         return rotation.by_shift()
     if spec.layout_out == "half" and rotation.whole and spec.rotary_dim // 2 % _CPU_LANES == 0:
@@ -209,19 +219,23 @@ class _Rotation:
         return inductor_ops.and_(inside, inductor_ops.ge(position, inductor_ops.constant(begin, torch.int32)))
 
     def by_shift(self) -> Any:
-        """One loop over the result where partners are neighbours: two shifted loads under opposite masks.
+        """One loop over the result where both layouts agree: partners are two shifted loads under opposite masks.
 
-        The C++ generator vectorises a load whose index steps by one, masked or not, and nothing that steps by two.
+        Both generators vectorise a load whose index steps by one, masked or not; index arithmetic hides that from them.
         """
         spec = self.spec
 
         def rotated(lead: _Index, d: Any) -> Any:
             n = inductor_ops.index_expr(d - spec.start, torch.int32)
-            parity = inductor_ops.bitwise_and(n, inductor_ops.constant(1, torch.int32))
-            second = inductor_ops.eq(parity, inductor_ops.constant(1, torch.int32))
-            first = inductor_ops.eq(parity, inductor_ops.constant(0, torch.int32))
-            before = inductor_ops.masked(second, lambda: self._wide(self.load_x([*lead, d - 1])), 0.0)
-            after = inductor_ops.masked(first, lambda: self._wide(self.load_x([*lead, d + 1])), 0.0)
+            if spec.layout_in == "half":
+                step, middle = self.half, inductor_ops.constant(self.half, torch.int32)
+                first, second = inductor_ops.lt(n, middle), inductor_ops.ge(n, middle)
+            else:
+                step, one = 1, inductor_ops.constant(1, torch.int32)
+                parity = inductor_ops.bitwise_and(n, one)
+                first, second = inductor_ops.ne(parity, one), inductor_ops.eq(parity, one)
+            before = inductor_ops.masked(second, lambda: self._wide(self.load_x([*lead, d - step])), 0.0)
+            after = inductor_ops.masked(first, lambda: self._wide(self.load_x([*lead, d + step])), 0.0)
             turned = inductor_ops.sub(after, before) if spec.inverse else inductor_ops.sub(before, after)
             own = inductor_ops.mul(self._wide(self.load_x([*lead, d])), self.load_cos(lead, d - spec.start))
             return inductor_ops.add(own, inductor_ops.mul(turned, self.load_sin(lead, d - spec.start)))
@@ -264,3 +278,13 @@ class _Rotation:
         if not V.graph.sizevars.statically_known_equals(self.size[-1], end):
             parts.append(passed(end, self.size[-1]))
         return parts[0] if len(parts) == 1 else cat(parts, last)
+
+
+def modes() -> Mapping[str, Mapping[str, Any]]:
+    """Inductor's modes of torch.compile, each with its settings."""
+    return {str(k): v for k, v in torch._inductor.list_mode_options().items()}
+
+
+def settings() -> Mapping[str, Any]:
+    """Inductor's settings with their present values."""
+    return config.get_config_copy()  # type: ignore[no-any-return]

@@ -281,10 +281,8 @@ def _getitem(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
         return ev.at(tensor, idx[:d] + (k,) + idx[d:])
     d = int(argument(source, 2, "dim", 0)) % rank
     sizes = source.args[1]
-    if isinstance(sizes, list | tuple):
-        offset = sum(ev.sizes.of(s) for s in sizes[:k])
-    else:
-        offset = ev.sizes.of(sizes) * k
+    parts = sizes if isinstance(sizes, list | tuple) else [sizes] * k
+    offset = sum(ev.sizes.of(s) for s in parts[:k])
     return ev.at(tensor, idx[:d] + (ev.i_add(offset, idx[d]),) + idx[d + 1 :])
 
 
@@ -541,17 +539,21 @@ def _index_put(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
     base, where, values = node.args[:3]
     if argument(node, 3, "accumulate", False) or len(where) != 1 or len(idx) != 1:  # type: ignore[arg-type]
         return None
-    perm = where[0]  # type: ignore[index]
-    whole = isinstance(perm, fx.Node) and ev.shape(perm) == ev.shape(_tensor(base))
-    return _inverse(ev, perm, idx[0]) if whole and _counts_up(ev, values, perm) else None
+    return _inverse_of(ev, where[0], base, values, idx)  # type: ignore[index]
 
 
 @handles(aten.scatter.src)
 def _scatter(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
     """out[perm] = iota of one dimension, as above; any other scatter is a leaf."""
     base, _, perm, values = node.args[:4]
-    whole = len(idx) == 1 and isinstance(perm, fx.Node) and ev.shape(perm) == ev.shape(_tensor(base))
-    return _inverse(ev, perm, idx[0]) if whole and _counts_up(ev, values, perm) else None
+    return _inverse_of(ev, perm, base, values, idx) if len(idx) == 1 else None
+
+
+def _inverse_of(ev: Elements, perm: Any, base: Any, values: Any, idx: Position) -> Expr | None:
+    """The element at idx of `base` overwritten with `values` at `perm`, where that makes perm's inverse."""
+    if not isinstance(perm, fx.Node) or ev.shape(perm) != ev.shape(_tensor(base)) or not _counts_up(ev, values, perm):
+        return None
+    return _inverse(ev, perm, idx[0])
 
 
 @handles(aten.index.Tensor, aten._unsafe_index.Tensor)

@@ -248,7 +248,8 @@ def _terms(pair: Pair, root: fx.Node, chain: set[fx.Node], at: Position, ev: Ele
 def _is_bias(atom: Expr, column: int, ev: Elements) -> bool:
     """Whether an added element comes from the last column of a bias [experts, hidden]."""
     return any(
-        len(idx) == 2 and idx[1] == column and ev.shape(node)[1] == column + 1 for node, idx in trail(*atom.args, ev)
+        len(idx) == 2 and idx[1] == column and ev.shape(node)[1] == column + 1
+        for node, idx in trail(atom.args[0], atom.args[1], ev)
     )
 
 
@@ -288,11 +289,12 @@ def _expert(pair: Pair, term: Term, ev: Elements) -> Any:
 def _ids(pair: Pair, term: Term, t: int, shape: tuple[int, int], ev: Elements) -> tuple[fx.Node, int]:
     """(ids [tokens, slots], slot) that name a row's expert."""
     sort = products.sort_of_rows(term.idx[0]) if products.is_grouped(pair.second) else None
+    source: tuple[Any, Position]
     if sort is not None:
         source = (sort.args[0], (term.idx[0].args[1].const,))
     else:
         start = products.weight_element(pair.second, term.idx, 0, pair.second_left)
-        picks = [(n.args[1][0], idx[:1]) for n, idx in trail(*start, ev) if n.target is aten.index.Tensor]  # type: ignore[index]
+        picks = [(n.args[1][0], idx[:1]) for n, idx in trail(*start, ev) if n.target is aten.index.Tensor]  # type: ignore[index,union-attr]
         if not picks:
             raise NoExperts("the experts' weights are not picked by ids")
         source = picks[-1]
@@ -430,7 +432,7 @@ def _second_bias(terms: list[Term], experts: list[Any], w2: fx.Node, ev: Element
         return None
     if len(added) != len(terms):
         raise NoExperts("only some of the rows have a bias")
-    for node, idx in trail(*added[0].args, ev):
+    for node, idx in trail(added[0].args[0], added[0].args[1], ev):
         if len(idx) == 2 and idx[0] in experts and ev.shape(node)[0] == ev.shape(w2)[0]:
             return node
     raise NoExperts(f"what is added to a row, {added[0]}, is no bias [experts, hidden]")

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import fx
@@ -39,16 +40,15 @@ def run(graph: fx.Graph, disable: Collection[Kind] = (), strict: bool = False) -
     leaves its site unfused; with `strict` it is raised."""
     result = Result()
     began = time.perf_counter()
+    sizes = proof.bindings(graph)
     for kind, find in _RECOGNISERS:
         if kind in disable:
             continue
-        found: tuple[Sequence[Site], list[NearMiss]] = _guarded(
-            lambda: find(graph, Sizes()), kind, ((), []), strict, result
-        )
-        sites, misses = found
+        sites, misses = _guarded(partial(find, graph, Sizes()), kind, ((), []), strict, result)
         result.near_misses += misses
         for site in sites:
-            _guarded(lambda: _fuse(site, kind, graph, result), f"{kind} at {site.root.name}", None, strict, result)  # noqa: B023
+            fuse = partial(_fuse, site, kind, sizes, result)
+            _guarded(fuse, f"{kind} at {site.root.name}", None, strict, result)
     clean(graph)
     result.seconds = time.perf_counter() - began
     return result
@@ -66,13 +66,11 @@ def _guarded(work: Callable[[], Any], what: str, otherwise: Any, strict: bool, r
         return otherwise
 
 
-def _fuse(site: Site, kind: Kind, graph: fx.Graph, result: Result) -> None:
+def _fuse(site: Site, kind: Kind, sizes: Sequence[Sizes], result: Result) -> None:
     source = source_line(source_nodes(site))
     name = site.root.name
     try:
-        outcome = (
-            proof.rope(site, _bindings(graph)) if isinstance(site, RopeSite) else proof.moe(site, _bindings(graph))
-        )
+        outcome = proof.rope(site, sizes) if isinstance(site, RopeSite) else proof.moe(site, sizes)
     except proof.Refused as e:
         result.near_misses.append(NearMiss(kind, name, "prove", str(e), source))
         return
@@ -82,10 +80,6 @@ def _fuse(site: Site, kind: Kind, graph: fx.Graph, result: Result) -> None:
         result.near_misses.append(NearMiss(kind, name, "rewrite", str(e), source))
         return
     result.calls.append((call, Finding(kind, form(site), dims(site), proof=outcome, source=source)))
-
-
-def _bindings(graph: fx.Graph) -> list[Sizes]:
-    return proof.bindings(graph)
 
 
 def form(site: Site) -> str:

@@ -89,9 +89,9 @@ def moe(site: MoeSite, sizes: Sequence[Sizes]) -> str:
             )
         except (small.CannotShrink, Unknown) as e:
             raise Refused(str(e)) from None
-        biases = (inputs[b] if b is not None else None for b in (site.b1, site.b2))
+        b1, b2 = (inputs[b] if b is not None else None for b in (site.b1, site.b2))
         got = reference.moe(
-            inputs[site.x], inputs[site.ids], weights, inputs[site.w1], inputs[site.w2], *biases,
+            inputs[site.x], inputs[site.ids], weights, inputs[site.w1], inputs[site.w2], b1, b2,
             replace(site.spec, out_dtype=torch.float64),
         )  # fmt: skip
         tokens, slots = inputs[site.ids].shape

@@ -12,6 +12,8 @@ from braze.passes.sites import RopeSite, Site
 def rewrite(site: Site) -> fx.Node:
     """Replaces root by the op's call, which keeps its meta data; returns the call. Dead nodes stay until `clean`."""
     root = site.root
+    args: tuple[fx.Node | None, ...]
+    target: Any
     if isinstance(site, RopeSite):
         target, args = torch.ops.braze.rope.default, (site.x, site.cos, site.sin)
     else:

@@ -159,7 +159,7 @@ def _candidates(root: fx.Node, cone: dict[fx.Node, int]) -> Iterator[fx.Node]:
         if edges > 1 or paired or split:
             yield node
             while node.target in _RESHAPES and node.args[0] in cone:  # pairs are often a dimension of their own
-                node = node.args[0]
+                node = node.all_input_nodes[0]
                 yield node
 
 
@@ -365,10 +365,9 @@ def _with_casts(site: RopeSite) -> RopeSite:
     if isinstance(source, fx.Node) and source.meta["val"].is_floating_point():
         narrow = source.meta["val"].dtype.itemsize < x.meta["val"].dtype.itemsize <= 4
         x = source if narrow else x
-    after = next(iter(root.users), None)
-    if len(root.users) == 1 and after is not None and after.target is _CAST and root.meta["val"].itemsize <= 4:
-        if after.meta["val"].is_floating_point():
-            root, spec = after, replace(spec, out_dtype=after.meta["val"].dtype)
+    after = next(iter(root.users)) if len(root.users) == 1 else root
+    if after.target is _CAST and after.meta["val"].is_floating_point():
+        root, spec = after, replace(spec, out_dtype=after.meta["val"].dtype)
     return replace(site, root=root, x=x, spec=spec)
 
 

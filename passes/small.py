@@ -60,8 +60,8 @@ def _run_node(node: fx.Node, values: dict[fx.Node, Any], sizes: Sizes) -> Any:
     try:
         if rule is not None:
             return rule(node, values, sizes)
-        args = fx.node.map_arg(node.args, lambda n: values[n])
-        kwargs = dict(node.kwargs)
+        args: Any = fx.node.map_arg(node.args, lambda n: values[n])
+        kwargs: dict[str, Any] = dict(node.kwargs)
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
         if kwargs.get("dtype") is not None and kwargs["dtype"].is_floating_point:

@@ -1,4 +1,4 @@
-"""Captures the graphs that braze's passes see, fuses them, and runs them by interpretation: all of braze but code generation."""
+"""Captures the graphs that the passes see, fuses them, and interprets them: all of braze but code generation."""
 
 from collections.abc import Callable
 from typing import Any
