@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -247,6 +248,8 @@ class NoArchitecture:
 @contextlib.contextmanager
 def active(target: Target) -> Iterator[None]:
     """Triton compiles for `target` and launches on the CPU, inside this context."""
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        raise RuntimeError("TRITON_INTERPRET is set, so kernels are interpreted and never compiled: unset it")
     build_globals = triton.backends.backends["intel"].compiler.__init__.__globals__
     name = "compile_module_from_src"
     before = driver.active, build_globals[name]

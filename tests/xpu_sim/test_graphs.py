@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from braze import xpu_sim
+from tests import tiny
 
 TARGETS = ["pvc", "generic"]
 
@@ -47,18 +48,19 @@ def test_training_step() -> None:
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_llama(target: str) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64, attn_implementation="eager",
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
-    tokens = torch.randint(0, 64, (2, 13))
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [("llama", "generic"), ("llama", "pvc"), ("mixtral", "pvc"), ("llama4", "pvc"), ("gpt_oss", "pvc")],
+)
+def test_model_compiled_by_braze(family: str, target: str) -> None:
+    model = tiny.build(family)
+    tokens = torch.randint(3, tiny.VOCAB, (2, 13))
     with torch.no_grad():
         expected = model(tokens, use_cache=False).logits
         with xpu_sim.compiled_graphs(target), xpu_sim.record() as launches:
-            output = torch.compile(model, dynamic=False)(tokens, use_cache=False).logits
+            compiled = torch.compile(
+                model, backend="braze", options={"kernel": {"moe": "aten"}, "require": ["rope"]}, dynamic=False
+            )
+            output = compiled(tokens, use_cache=False).logits
     assert len({launch.kernel for launch in launches}) >= 5
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)

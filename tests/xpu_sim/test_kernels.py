@@ -130,3 +130,9 @@ def test_empty_grid_does_nothing(target: str) -> None:
     with xpu_sim.device(target):
         kernels.add[(0,)](out, out, out, 4, BLOCK=64)
     assert torch.equal(out, torch.ones(4))
+
+
+def test_interpreter_is_refused(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"), xpu_sim.device(target):
+        pass
