@@ -5,10 +5,11 @@ with the activation between; undo the sort by its inverse permutation and add up
 """
 
 import torch
+from torch import Tensor
+
 from braze.kernels import reference
 from braze.kernels.expression import apply_torch
 from braze.kernels.spec import MoeSpec
-from torch import Tensor
 
 rope = reference.rope  # the reference is already one fusible pass: slices, products, cat
 

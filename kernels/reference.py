@@ -4,9 +4,10 @@ Computed in float32, or in float64 where x is float64, and rounded once at the e
 """
 
 import torch
+from torch import Tensor
+
 from braze.kernels.expression import apply_torch
 from braze.kernels.spec import MoeSpec, PairLayout, RopeSpec
-from torch import Tensor
 
 
 def split_gate_up(h: Tensor, layout: str) -> tuple[Tensor, Tensor | None]:
