@@ -226,6 +226,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="also sweep the Triton kernel's tiles and warps (GPU)")
     options = parser.parse_args()
     inductor.register()
+    torch.compiler.config.force_disable_caches = True  # a cached graph would hold an earlier lowering
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)  # else a busy machine's other work decides
