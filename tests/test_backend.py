@@ -127,7 +127,9 @@ def test_caches_hit_only_where_sources_and_options_are_the_same(tmp_path: Path) 
         shutil.copytree(root / name, package / "braze" / name)
     (package / "braze-0.dist-info").mkdir()
     (package / "braze-0.dist-info" / "METADATA").write_text("Name: braze\nVersion: 0\n")
-    (package / "braze-0.dist-info" / "entry_points.txt").write_text("[torch_dynamo_backends]\nbraze = braze.backend:braze\n")
+    (package / "braze-0.dist-info" / "entry_points.txt").write_text(
+        "[torch_dynamo_backends]\nbraze = braze.backend:braze\n"
+    )
     assert cache_hits(cache, package, {}) == 0
     assert cache_hits(cache, package, {}) > 0
     assert cache_hits(cache, package, {"disable": ["moe"]}) == 0

@@ -51,5 +51,7 @@ def test_backend_is_an_entry_point() -> None:
 
 
 def test_generated_docs_are_current() -> None:
-    run = subprocess.run([sys.executable, "-m", "braze.cli", "options"], capture_output=True, text=True, check=True, cwd="/")
+    run = subprocess.run(
+        [sys.executable, "-m", "braze.cli", "options"], capture_output=True, text=True, check=True, cwd="/"
+    )
     assert (ROOT / "docs" / "options.md").read_text() == run.stdout
