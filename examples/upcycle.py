@@ -1,4 +1,4 @@
-"""SmolLM2-135M upcycled: every MLP copied into 8 experts, top-2 with weights that sum to 1, which is the dense model's function.
+"""SmolLM2-135M upcycled: every MLP copied into 8 experts, top-2 with weights that sum to 1: the dense model's function.
 
     sum_j w_j MLP(x) = MLP(x)  where  sum_j w_j = 1
 
