@@ -125,8 +125,8 @@ def _lower_rope(x: Any, cos: Any, sin: Any, **attributes: Any) -> Any:
         return rotation.by_element()
     if "interleaved" in (spec.layout_in, spec.layout_out):
         # A loop that steps by two is left to the C++ compiler, which vectorises it in float32 but not in 16-bit types.
-        tensors = (_widened(t, rotation.acc) for t in (x, cos, sin))
-        result = _Rotation(*tensors, replace(spec, out_dtype=rotation.acc)).by_halves()
+        x, cos, sin = (_widened(t, rotation.acc) for t in (x, cos, sin))
+        result = _Rotation(x, cos, sin, replace(spec, out_dtype=rotation.acc)).by_halves()
         return to_dtype(result, rotation.dtype)
     return rotation.by_halves()
 
