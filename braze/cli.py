@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args) or 0)
     except UsageError as e:
-        Console(stderr=True).print(f"[red]braze:[/red] {e}", highlight=False)
+        Console(stderr=True).print(f"[red]braze:[/red] {e}", highlight=False, soft_wrap=True)
         return 2
 
 

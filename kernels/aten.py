@@ -49,7 +49,7 @@ def moe(
     y = torch.where(valid, y, 0.0)
 
     inverse = torch.empty_like(perm).scatter(0, perm, torch.arange(tokens * k, device=x.device))
-    out = y[inverse].reshape(tokens, k, -1).sum(1)
+    out = y[inverse].reshape(tokens, k, y.shape[1]).sum(1)
     return (out if spec.scale == 1.0 else out * spec.scale).to(spec.out_dtype or x.dtype)
 
 
