@@ -384,6 +384,8 @@ def _activation_at(
     element = ev.at(*products.input_element(pair.second, term.idx, i, pair.second_left))
     loads = [e for e in leaves([element]) if e.args[0] is pair.first]
     by_column = {products.column(pair.first, e.args[1], pair.first_left): e for e in loads}
+    if not all(isinstance(c, int) for c in by_column):
+        raise NoExperts("an element between the products is picked by an index that is not known")
     columns = tuple(sorted(by_column))
     if not 1 <= len(columns) <= 2 or len(loads) != len(columns):
         raise NoExperts(f"an element between the products depends on {len(loads)} elements of the first")
