@@ -139,7 +139,7 @@ def _site(pair: Pair, ev: Elements) -> MoeSite:
             raise NoExperts(f"an output adds up experts {experts[:4]}..., not each one once")
     else:
         slots, dispatch = len(terms), "grouped" if products.is_grouped(pair.second) else "batched"
-    ids, slot = (None, experts[0]) if dispatch == "dense" else _ids(pair, terms[0], t, (tokens, slots), ev)
+    ids, slot = (None, experts[0]) if dispatch == "dense" else _ids(pair, terms[0], t, (tokens, slots), root, ev)
     x, input_weight = _input(pair, act.idx, (t, 0), (tokens, hidden), ev)
     output_weights = [_one_atom(term) for term in terms]
     weight_on: WeightOn = "input" if input_weight is not None else "output"
@@ -162,8 +162,9 @@ def _site(pair: Pair, ev: Elements) -> MoeSite:
     if ids is None:
         ids, values, weights = _sparse(weights, root, ev)
     scale = _scale(terms)
+    masked = any(n.target is aten.where.self for n in chain)
     spec = MoeSpec(act.text, act.layout, side.transposed, weight_on, scale, root.meta["val"].dtype)
-    return MoeSite(root, x, ids, weights, side.weight, w2, act.bias, b2, values, spec, dispatch)
+    return MoeSite(root, x, ids, weights, side.weight, w2, act.bias, b2, values, spec, dispatch, masked)
 
 
 # ------------------------------------------------------------------------------------------------ the output
@@ -226,7 +227,7 @@ def _terms(pair: Pair, root: fx.Node, chain: set[fx.Node], at: Position, ev: Ele
     down = Elements(ev.sizes, stop=lambda n: n is pair.second or n not in chain, indices=ev)
     terms: dict[Position, Term] = {}
     biases: list[tuple[float, frozenset[Expr], Expr]] = []
-    for atoms, constant in polynomial(down.at(root, at)).items():
+    for atoms, constant in polynomial(_present(down.at(root, at), ev)).items():
         rows = [a for a in atoms if a.op == "load" and a.args[0] is pair.second]
         rest = [a for a in atoms if a not in rows]
         if len(rows) == 1:
@@ -243,6 +244,34 @@ def _terms(pair: Pair, root: fx.Node, chain: set[fx.Node], at: Position, ev: Ele
         # Terms with equal factors are told apart by the expert, when the biases are read.
         owners[min(len(o.biases) for o in owners) and 0].biases.append(bias)
     return terms
+
+
+def _present(expr: Expr, ev: Elements) -> Expr:
+    """An element for rows whose expert is here: a mask of ids past the last expert is False. For such ids the op adds nothing,
+    and the proof gives the block some where it has a mask."""
+    memo: dict[Expr, Expr] = {}
+
+    def go(e: Expr) -> Expr:
+        if e.op in ("const", "load"):
+            return e
+        if e not in memo:
+            if e.op == "where" and masks_absent(e.args[0], ev):
+                memo[e] = go(e.args[2])
+            else:
+                args = [go(a) for a in e.args]
+                memo[e] = e if all(a is b for a, b in zip(args, e.args, strict=True)) else ev.make(e.op, *args)
+        return memo[e]
+
+    return go(expr)
+
+
+def masks_absent(condition: Expr, ev: Elements) -> bool:
+    """Whether a condition is `expert id >= a number`: true only for rows of experts that are elsewhere."""
+    if condition.op == "load":
+        condition = ev.at(*condition.args)
+    if condition.op != "ge" or condition.args[1].const is None:
+        return False
+    return condition.args[0].op == "load" and not condition.args[0].args[0].meta["val"].is_floating_point()
 
 
 def _is_bias(atom: Expr, column: int, ev: Elements) -> bool:
@@ -286,8 +315,8 @@ def _expert(pair: Pair, term: Term, ev: Elements) -> Any:
     return ev.at(sort.args[0], (term.idx[0].args[1].const,))
 
 
-def _ids(pair: Pair, term: Term, t: int, shape: tuple[int, int], ev: Elements) -> tuple[fx.Node, int]:
-    """(ids [tokens, slots], slot) that name a row's expert."""
+def _ids(pair: Pair, term: Term, t: int, shape: tuple[int, int], root: fx.Node, ev: Elements) -> tuple[fx.Node, int]:
+    """(ids [tokens, slots], slot) that name a row's expert; a flat list of ids gets a view before root."""
     sort = products.sort_of_rows(term.idx[0]) if products.is_grouped(pair.second) else None
     source: tuple[Any, Position]
     if sort is not None:
@@ -301,7 +330,18 @@ def _ids(pair: Pair, term: Term, t: int, shape: tuple[int, int], ev: Elements) -
     for node, idx in trail(*source, ev):
         if len(idx) == 2 and idx[0] == t and ev.shape(node) == shape:
             return node, int(idx[1])
-    raise NoExperts(f"the rows' experts {source[0].name} are no [tokens, slots] = {shape} tensor of ids")
+    node, idx = source
+    if (
+        len(idx) == 1
+        and isinstance(idx[0], int)
+        and ev.shape(node) == (shape[0] * shape[1],)
+        and idx[0] // shape[1] == t
+    ):
+        with root.graph.inserting_before(root):
+            view = root.graph.call_function(aten.reshape.default, (node, [-1, shape[1]]))
+        view.meta["val"] = node.meta["val"].reshape(-1, shape[1])
+        return view, idx[0] % shape[1]
+    raise NoExperts(f"the rows' experts {node.name} are no [tokens, slots] = {shape} tensor of ids")
 
 
 def _matrix(source: tuple[fx.Node, Position], at: Position, shape: tuple[int, ...], ev: Elements) -> fx.Node | None:
@@ -323,6 +363,15 @@ def _input(
     if x is not None:
         return x, None
     node, end = list(trail(*start, ev))[-1]
+    if (
+        node.target is aten.where.self
+        and isinstance(node.args[2], fx.Node)
+        and masks_absent(ev.operand(node.args[0], node, end), ev)
+    ):
+        start = (node.args[2], _broadcast(node.args[2], end, ev))
+        x = _matrix(start, at, shape, ev)
+        if x is not None:
+            return x, None
     if node.target is aten.mul.Tensor:
         for a, b in (node.args[:2], node.args[1::-1]):
             if isinstance(a, fx.Node) and isinstance(b, fx.Node):
@@ -381,7 +430,7 @@ def _activation_at(
     pair: Pair, term: Term, i: int, ev: Elements
 ) -> tuple[tuple[int, ...], Position, str, fx.Node | None]:
     """(columns, first product's index, text, bias) of the activation at inner index i."""
-    element = ev.at(*products.input_element(pair.second, term.idx, i, pair.second_left))
+    element = _present(ev.at(*products.input_element(pair.second, term.idx, i, pair.second_left)), ev)
     loads = [e for e in leaves([element]) if e.args[0] is pair.first]
     by_column = {products.column(pair.first, e.args[1], pair.first_left): e for e in loads}
     if not all(isinstance(c, int) for c in by_column):
@@ -435,9 +484,18 @@ def _second_bias(terms: list[Term], experts: list[Any], w2: fx.Node, ev: Element
     if len(added) != len(terms):
         raise NoExperts("only some of the rows have a bias")
     for node, idx in trail(added[0].args[0], added[0].args[1], ev):
-        if len(idx) == 2 and idx[0] in experts and ev.shape(node)[0] == ev.shape(w2)[0]:
+        if (
+            len(idx) == 2
+            and (idx[0] in experts or _unclamped(idx[0]) in experts)
+            and ev.shape(node)[0] == ev.shape(w2)[0]
+        ):
             return node
     raise NoExperts(f"what is added to a row, {added[0]}, is no bias [experts, hidden]")
+
+
+def _unclamped(expert: Any) -> Any:
+    """An expert id without the clamp that keeps absent experts' ids within bounds."""
+    return expert.args[0] if isinstance(expert, Expr) and expert.op == "min" else expert
 
 
 def _sparse(scores: fx.Node, root: fx.Node, ev: Elements) -> tuple[fx.Node, fx.Node, fx.Node]:

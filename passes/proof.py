@@ -120,6 +120,8 @@ def _small_inputs(site: MoeSite, sizes: Sizes) -> dict[fx.Node, Tensor]:
     if not site.spec.transposed:
         up, down = up[::-1], down[::-1]
     ids = torch.rand((tokens, used), generator=rng).argsort(1)[:, :slots].to(site.ids.meta["val"].dtype)
+    if site.masked and tokens > 1:
+        ids[0, 0] = experts  # an expert that is elsewhere
     inputs = {
         site.ids: ids,
         site.x: normal(tokens, hidden, std=3.0),
@@ -127,6 +129,9 @@ def _small_inputs(site: MoeSite, sizes: Sizes) -> dict[fx.Node, Tensor]:
         site.w1: normal(experts, *up, std=2.0),
         site.w2: normal(experts, *down),
     }
+    flat = site.ids.args[0] if site.ids.target is torch.ops.aten.reshape.default else None
+    if isinstance(flat, fx.Node):
+        inputs[flat] = ids.reshape(sizes.shape(flat))
     if site.b1 is not None:
         inputs[site.b1] = normal(experts, gates * inner)
     if site.b2 is not None:

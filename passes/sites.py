@@ -34,6 +34,7 @@ class MoeSite:
     """root [T, H] = braze::moe(x [T, H], ids [T, k], weights [T, k], w1, w2, b1, b2, spec).
 
     values: what weights are computed from by new nodes, where the graph has no such node itself; else weights.
+    masked: whether the graph masks rows whose expert id is past the last expert (expert parallelism).
     """
 
     root: fx.Node
@@ -47,6 +48,7 @@ class MoeSite:
     values: fx.Node
     spec: MoeSpec
     dispatch: str
+    masked: bool = False
 
 
 Site = RopeSite | MoeSite

@@ -1,0 +1,260 @@
+"""The Triton experts against the float64 reference: on a GPU where there is one, else on the XPU simulator."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from braze import xpu_sim
+from braze.kernels import reference
+from braze.kernels.spec import MoeSpec
+from braze.kernels.triton import activation, compat, moe
+from braze.kernels.triton.choose_config import CONFIGS, Config, Problem, Tile, choose_config, model
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+SIMULATED = not GPU and xpu_sim.missing() is None
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 1.5e-3, torch.bfloat16: 6e-3}
+needs_device = pytest.mark.skipif(not GPU and not SIMULATED, reason="no GPU, and no simulator of one")
+
+SILU = "g*u*sigmoid(g)"
+GPT_OSS = "(Min(Max(u, -7.0), 7.0) + 1.0) * Min(g, 7.0) * sigmoid(1.702*Min(g, 7.0))"
+GELU = "g*u*(1 + tanh(0.7978845608028654*(g + 0.044715*g**3)))/2"
+RELU2 = "Max(g, 0.0)**2"
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[None]:
+    torch.manual_seed(0)
+    if SIMULATED:
+        with xpu_sim.device("pvc"):
+            yield
+    else:
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes and features of one call."""
+
+    tokens: int = 5
+    top_k: int = 2
+    experts: int = 4
+    hidden: int = 64
+    intermediate: int = 48
+    spec: MoeSpec = MoeSpec()
+    dtype: torch.dtype = torch.bfloat16
+    bias: torch.dtype | None = None
+    ids: str = "random"
+    id_dtype: torch.dtype = torch.int64
+
+
+def make(c: Case) -> tuple[Any, ...]:
+    n = c.intermediate * (1 if c.spec.layout == "none" else 2)
+
+    def normal(*shape: int, dtype: torch.dtype = c.dtype, size: float = 1.0) -> Tensor:
+        return (torch.randn(*shape) * size).to(DEVICE, dtype)
+
+    x = normal(c.tokens, c.hidden)
+    w1 = normal(c.experts, n, c.hidden, size=c.hidden**-0.5)
+    w2 = normal(c.experts, c.hidden, c.intermediate, size=c.intermediate**-0.5)
+    if c.spec.transposed:
+        w1, w2 = w1.transpose(1, 2).contiguous(), w2.transpose(1, 2).contiguous()
+    b1 = normal(c.experts, n, dtype=c.bias) if c.bias else None
+    b2 = normal(c.experts, c.hidden, dtype=c.bias) if c.bias else None
+    shape = (c.tokens, c.top_k)
+    ids = {
+        "random": lambda: torch.randint(0, c.experts, shape),
+        "one": lambda: torch.full(shape, c.experts - 1),
+        "invalid": lambda: torch.randint(-2, c.experts + 2, shape),
+        "huge": lambda: torch.randint(0, c.experts, shape) + (torch.rand(shape) < 0.5).long() * 2**32,
+    }[c.ids]()
+    return x, ids.to(DEVICE, c.id_dtype), torch.rand(shape).to(DEVICE), w1, w2, b1, b2
+
+
+def compare(c: Case, config: Config | None = None) -> None:
+    x, ids, weights, w1, w2, b1, b2 = make(c)
+    wide = [t if t is None else t.double() for t in (w1, w2, b1, b2)]
+    exact = dataclasses.replace(c.spec, out_dtype=torch.float64)
+    want = reference.moe(x.double(), ids, weights.double(), *wide, exact)  # type: ignore[arg-type]
+    got = moe.launch(x, ids, weights, w1, w2, b1, b2, c.spec, config)
+    assert got.dtype == (c.spec.out_dtype or c.dtype)
+    assert got.shape == want.shape
+    error = (got.double() - want).norm() / want.norm().clamp_min(1e-30)
+    assert error < TOLERANCE[c.dtype], error
+    again = moe.launch(x, ids, weights, w1, w2, b1, b2, c.spec, config)
+    assert torch.equal(got, again)
+
+
+def config(direct: bool, rows: int = 16, split: int = 1, descriptors: bool = False, programs: int = 0) -> Config:
+    tile = Tile(64, 32, 4, 2, group=2, descriptors=descriptors, programs=programs)
+    return Config(rows, direct, tile, dataclasses.replace(tile, split=split))
+
+
+CASES = {
+    "silu": Case(),
+    "none": Case(spec=MoeSpec(RELU2, layout="none", transposed=True)),
+    "gpt_oss": Case(spec=MoeSpec(GPT_OSS, layout="interleaved", transposed=True), bias=torch.float32),
+    "llama4": Case(top_k=1, spec=MoeSpec(SILU, transposed=True, weight_on="input", scale=0.5)),
+    "on_input": Case(top_k=3, spec=MoeSpec(GELU, weight_on="input"), bias=torch.bfloat16),
+    "scale": Case(spec=MoeSpec(SILU, scale=2.5, out_dtype=torch.float32), bias=torch.float32),
+    "odd": Case(hidden=72, intermediate=40, spec=MoeSpec(SILU, layout="interleaved")),
+    "odd transposed": Case(hidden=72, intermediate=40, spec=MoeSpec(SILU, transposed=True)),
+    "invalid": Case(tokens=9, ids="invalid", bias=torch.float32),
+    "invalid k=1": Case(tokens=9, top_k=1, ids="invalid", id_dtype=torch.int32),
+    "huge ids": Case(tokens=9, ids="huge"),
+    "one expert": Case(tokens=24, ids="one"),
+    "E=1": Case(experts=1, top_k=1),
+    "fp16": Case(dtype=torch.float16),
+    "fp32": Case(dtype=torch.float32),
+    "many": Case(tokens=150, top_k=4, experts=9),
+}
+
+
+@needs_device
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "sorted"])
+def test_every_feature(name: str, direct: bool) -> None:
+    compare(CASES[name], config(direct))
+
+
+@needs_device
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "sorted"])
+def test_split_of_the_inner_dimension(direct: bool) -> None:
+    case = Case(intermediate=160, bias=torch.float32, ids="invalid", tokens=7)
+    compare(case, config(direct, split=4))
+    compare(dataclasses.replace(case, top_k=1), config(direct, split=2))
+
+
+@needs_device
+def test_more_programs_than_one_sorts() -> None:
+    case = Case(tokens=300, top_k=2, experts=5, hidden=32, intermediate=32, ids="invalid")
+    compare(case, config(False, rows=32))
+
+
+@needs_device
+@pytest.mark.parametrize("name", ["silu", "gpt_oss", "odd", "odd transposed", "invalid", "many", "fp32"])
+def test_descriptors_and_persistent_programs(name: str) -> None:
+    """On a GPU without tile copies the same configs run through pointers."""
+    case = dataclasses.replace(CASES[name], hidden=80, tokens=2 * CASES[name].tokens)
+    compare(case, config(False, rows=64, descriptors=True, programs=1))
+
+
+@needs_device
+def test_chosen_config() -> None:
+    for tokens in (1, 3, 40):
+        compare(Case(tokens=tokens, hidden=128, intermediate=128))
+
+
+@needs_device
+def test_no_rows() -> None:
+    for tokens, k in ((0, 2), (3, 0)):
+        x, ids, weights, *rest = make(Case(tokens=tokens, top_k=k))
+        got = moe.launch(x, ids, weights, *rest, MoeSpec())
+        assert got.shape == x.shape
+        assert not got.any()
+
+
+@needs_device
+def test_nan_weights_stay_with_their_token() -> None:
+    x, ids, weights, *rest = make(Case(tokens=6))
+    clean = moe.launch(x, ids, weights, *rest, MoeSpec(), config(False))
+    weights[2, 1] = float("nan")
+    got = moe.launch(x, ids, weights, *rest, MoeSpec(), config(False))
+    assert got[2].isnan().all()
+    others = [0, 1, 3, 4, 5]
+    assert torch.equal(got[others], clean[others])
+
+
+@pytest.mark.parametrize("text", [SILU, GPT_OSS, GELU, RELU2, "Abs(g)*u/(1 + exp(-u))", "sqrt(2.0)*erf(g)*u", "3"])
+def test_activation_source_means_the_same(text: str) -> None:
+    """The generated text, evaluated with torch in Triton's place."""
+
+    class Spelled:
+        PropagateNan = type("PropagateNan", (), {"ALL": None})
+        sigmoid, exp, log, erf, sqrt, abs = (
+            staticmethod(f) for f in (torch.sigmoid, torch.exp, torch.log, torch.erf, torch.sqrt, torch.abs)
+        )
+
+        @staticmethod
+        def minimum(a: Any, b: Any, propagate_nan: Any) -> Tensor:
+            return torch.minimum(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64))
+
+        @staticmethod
+        def maximum(a: Any, b: Any, propagate_nan: Any) -> Tensor:
+            return torch.maximum(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64))
+
+    g, u = torch.randn(2, 50, dtype=torch.float64) * 5
+    from braze.kernels.expression import apply_torch
+
+    got = eval(activation.source(text), {"tl": Spelled, "g": g, "u": u})
+    torch.testing.assert_close(got, apply_torch(text, g, u))
+
+
+def test_reasons_on_fake_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "HAVE_TRITON", True)
+    with torch._subclasses.FakeTensorMode():
+
+        def t(*shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda", step: int = 1) -> Tensor:
+            strides = [step * math.prod(shape[n + 1 :]) for n in range(len(shape))]
+            return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+        x, ids, weights = t(3, 64), t(3, 2, dtype=torch.int64), t(3, 2)
+        w1, w2 = t(4, 96, 64), t(4, 64, 48)
+
+        def reason(spec: MoeSpec = MoeSpec(), **other: Tensor) -> str | None:
+            tensors = {"x": x, "ids": ids, "weights": weights, "w1": w1, "w2": w2, **other}
+            return moe.supports(**tensors, b1=None, b2=None, spec=spec)
+
+        assert reason() is None
+        assert "cpu" in str(reason(x=t(3, 64, device="cpu")))
+        assert "weights in" in str(reason(w1=t(4, 96, 64, dtype=torch.float16)))
+        assert "float64" in str(reason(x=t(3, 64, dtype=torch.float64)))
+        assert "ids" in str(reason(ids=t(3, 2, dtype=torch.int16)))
+        assert "contiguous" in str(reason(x=t(3, 64, step=2)))
+        assert "stride" in str(reason(w1=t(4, 96, 64, step=2)))
+        assert "activation" in str(reason(MoeSpec("g**0.3")))
+
+
+def test_refusal_raises() -> None:
+    with pytest.raises(ValueError, match="Triton"):
+        x, *rest = make(Case())
+        moe.run(x.cpu(), *(r if r is None else r.cpu() for r in rest), MoeSpec())
+
+
+def problem(tokens: int, **other: Any) -> Problem:
+    return Problem(tokens, **{**SIZES, **other})
+
+
+SIZES: dict[str, Any] = {
+    "top_k": 8, "experts": 128, "hidden": 2048, "intermediate": 768, "gated": True, "element": 2,
+    "device": "h100", "processors": 132,
+}  # fmt: skip
+
+
+def test_tuned_configs_are_read(tmp_path: Any) -> None:
+    few, many = model(problem(1)), model(problem(8192))
+    assert few != many
+    data = {problem(1).shape: {"1": dataclasses.asdict(few), "8192": dataclasses.asdict(many)}}
+    (tmp_path / "h100.json").write_text(json.dumps(data))
+    assert choose_config(problem(3), tmp_path) == few
+    assert choose_config(problem(2000), tmp_path) == many
+    assert choose_config(problem(3, hidden=99), tmp_path) == model(problem(3, hidden=99))
+
+
+def test_shipped_configs_are_valid() -> None:
+    for file in CONFIGS.glob("*.json"):
+        for shape, by_tokens in json.loads(file.read_text()).items():
+            assert shape.startswith("E")
+            for tokens, data in by_tokens.items():
+                c = Config.of(data)
+                assert int(tokens) > 0
+                assert c.rows in (16, 32, 64, 128, 256)
+                assert all(
+                    t.columns & (t.columns - 1) == 0 and t.inner & (t.inner - 1) == 0 for t in (c.first, c.second)
+                )
