@@ -175,7 +175,19 @@ def dpas(match: re.Match[str], found: Import) -> str:
   return result;"""
 
 
-BODIES: Sequence[tuple[re.Pattern[str], Callable[[re.Match[str], Import], str]]] = ((BLOCK, block_io), (DPAS, dpas))
+SATURATING = re.compile(r"llvm\.usub\.sat\.i(8|16|32|64)")
+
+
+def saturating(match: re.Match[str], found: Import) -> str:
+    """a0 - a1, not below zero."""
+    return " return a0 > a1 ? a0 - a1 : 0; "
+
+
+BODIES: Sequence[tuple[re.Pattern[str], Callable[[re.Match[str], Import], str]]] = (
+    (BLOCK, block_io),
+    (DPAS, dpas),
+    (SATURATING, saturating),
+)
 
 
 def emulated(found: Import) -> str | None:

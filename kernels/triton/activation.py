@@ -1,0 +1,81 @@
+"""An activation's text as a Triton function of (g, u), generated once for each text.
+
+The generated source is all there is to know about the function, so its name carries a digest of it: Triton's caches, which
+know functions that are passed as arguments by name, can't confuse two activations.
+"""
+
+import hashlib
+import linecache
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from braze.kernels.expression import emit, parse
+
+Value = float | str  # a constant, or Triton source
+
+
+def _call(source: str, constant: Callable[[float], float]) -> Callable[[Value], Value]:
+    return lambda a: constant(a) if isinstance(a, float) else source.format(a)
+
+
+def _extreme(name: str, constant: Callable[[float, float], float]) -> Callable[[Value, Value], Value]:
+    def apply(a: Value, b: Value) -> Value:
+        if isinstance(a, float) and isinstance(b, float):
+            return constant(a, b)
+        return f"tl.{name}({a}, {b}, propagate_nan=tl.PropagateNan.ALL)"
+
+    return apply
+
+
+def _infix(operator: str, constant: Callable[[float, float], float]) -> Callable[[Value, Value], Value]:
+    def apply(a: Value, b: Value) -> Value:
+        return constant(a, b) if isinstance(a, float) and isinstance(b, float) else f"({a} {operator} {b})"
+
+    return apply
+
+
+def _power(a: Value, n: int) -> Value:
+    return a**n if isinstance(a, float) else "(" + " * ".join([a] * n) + ")"
+
+
+TRITON: dict[str, Callable[..., Value]] = {
+    "add": _infix("+", lambda a, b: a + b),
+    "mul": _infix("*", lambda a, b: a * b),
+    "div": _infix("/", lambda a, b: a / b),
+    "neg": lambda a: -a if isinstance(a, float) else f"(-{a})",
+    "pow": _power,
+    "const": float,
+    "sigmoid": _call("tl.sigmoid({})", lambda a: 1 / (1 + math.exp(-a))),
+    "exp": _call("tl.exp({})", math.exp),
+    "log": _call("tl.log({})", math.log),
+    "tanh": _call("(2.0 * tl.sigmoid(2.0 * {}) - 1.0)", math.tanh),
+    "erf": _call("tl.erf({})", math.erf),
+    "sqrt": _call("tl.sqrt({})", math.sqrt),
+    "Abs": _call("tl.abs({})", abs),
+    "Min": _extreme("minimum", min),
+    "Max": _extreme("maximum", max),
+}
+
+
+def source(text: str) -> str:
+    """Triton source of the activation, in float32; ValueError or NotImplementedError where there is none."""
+    value = emit(parse(text), TRITON, {"g": "g", "u": "u"})
+    return f"g * 0.0 + {value!r}" if isinstance(value, float) else str(value)
+
+
+@lru_cache(maxsize=256)
+def function(text: str) -> Any:
+    """The activation as a @triton.jit function of float32 blocks g and u of one shape."""
+    import triton
+    import triton.language as tl
+
+    body = source(text)
+    name = f"activation_{hashlib.sha256(body.encode()).hexdigest()[:16]}"
+    code = f"def {name}(g, u):\n    return {body}\n"
+    file = f"<braze {name}>"
+    linecache.cache[file] = (len(code), None, code.splitlines(keepends=True), file)  # where triton.jit reads it
+    namespace: dict[str, Any] = {"tl": tl, "__name__": f"braze.{name}"}
+    exec(compile(code, file, "exec"), namespace)
+    return triton.jit(namespace[name])

@@ -1,0 +1,206 @@
+"""One kernel for both expert products: out[row] = f(a[row] @ W[expert of row]), over tiles of rows that share an expert.
+
+A tile comes from a list (`align`) or, for few rows, from the ids themselves: the row that is number 0, BM, 2*BM ... of its
+expert leads a tile, and every program finds out alone. All that is elementwise happens on the float32 accumulator.
+"""
+
+import triton
+import triton.language as tl
+
+from braze.kernels.triton import intrinsics
+
+PREFETCH = tl.constexpr(512)  # elements of each row
+LINE = tl.constexpr(64)  # elements of a cache line, 16 bits each
+
+
+@triton.jit
+def _direct(ids, slot, rows, experts, SLOTS: tl.constexpr, BM: tl.constexpr):
+    """(expert, the BM rows of the tile that row `slot` leads, -1 for none); no rows where it leads none."""
+    s = tl.arange(0, SLOTS)
+    all_ids = tl.load(ids + s, mask=s < rows, other=0)
+    every = tl.where((all_ids >= 0) & (all_ids < experts), all_ids, experts).to(tl.int32)
+    every = tl.where(s < rows, every, -1)
+    own = tl.load(ids + slot)
+    expert = tl.where((own >= 0) & (own < experts), own, experts).to(tl.int32)
+    match = every == expert
+    earlier = tl.sum((match & (s < slot)).to(tl.int32), 0)
+    rank = tl.cumsum(match.to(tl.int32), 0) - 1 - earlier
+    wanted = tl.arange(0, BM)[:, None]
+    here = match[None, :] & (rank[None, :] == wanted) & (earlier % BM == 0)
+    return expert, tl.sum(tl.where(here, s[None, :] + 1, 0), 1) - 1
+
+
+@triton.jit
+def _prefetch(
+    w, ids, rows, columns, inner, experts, span, w_expert, w_column, blocks, BN: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Brings the first PREFETCH elements of each weight row of a direct second product's first tile into L2."""
+    unit = tl.program_id(0)
+    expert = tl.load(ids + unit // blocks).to(tl.int64)
+    block = unit % blocks
+    column = block // SPLIT * BN + tl.arange(0, BN)
+    k = block % SPLIT * span + tl.arange(0, PREFETCH // LINE) * LINE
+    k = tl.minimum(k, inner - 1)
+    expert = tl.where((expert >= 0) & (expert < experts), expert, 0)
+    pointer = w + expert * w_expert + tl.minimum(column, columns - 1).to(tl.int64)[:, None] * w_column + k[None, :]
+    intrinsics.prefetch(pointer)
+
+
+@triton.jit
+def moe_gemm(
+    a, w, bias, weight, out, ids, order, tiles, a_desc, w_desc,
+    rows, columns, inner, experts, limit, span, scale,
+    a_row, w_expert, w_column, w_inner, bias_expert, out_row, out_split,
+    TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    SPLIT: tl.constexpr, SLOTS: tl.constexpr, LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr,
+    FIRST: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    A_DESC: tl.constexpr, W_DESC: tl.constexpr, W_ROWS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """FIRST: a is x, read at row // TOP_K; otherwise a is the first product's result, in this call's order of rows.
+
+    columns: of `out`; LAYOUT: of gate and up among w's columns, "none" where there is no gate; SLOTS: 0 for tiles from the
+    list, otherwise a power of two >= rows. The inner dimension is cut in SPLIT stretches of `span`, each with a result of
+    its own. W_ROWS: w's inner dimension is contiguous. OVERLAP: launched before its predecessor has ended. FLATTEN: the loop
+    over tiles and that over the inner dimension become one, so that a tile's first loads are made during the one before.
+    """
+    GATED: tl.constexpr = LAYOUT != "none"
+    PAIR: tl.constexpr = (W_DESC and LAYOUT == "halves") and not W_ROWS  # gate and up in two boxes of a descriptor
+    COLS: tl.constexpr = BN // 2 if GATED else BN
+    blocks = tl.cdiv(columns, COLS) * SPLIT
+    if OVERLAP:
+        intrinsics.launch_dependents()
+        if not FIRST:
+            if W_ROWS and SLOTS > 0:
+                _prefetch(w, ids, rows, columns, inner, experts, span, w_expert, w_column, blocks, BN, SPLIT)
+            intrinsics.wait()
+    count = rows if SLOTS > 0 else tl.load(tiles)
+    for unit in tl.range(tl.program_id(0), count * blocks, tl.num_programs(0), flatten=FLATTEN):
+        if SLOTS > 0:
+            block = unit % blocks
+            expert, row = _direct(ids, unit // blocks, rows, experts, SLOTS, BM)
+            inside = row >= 0
+            row = tl.where(inside, row, 0)
+            position = row
+            start = 0
+        else:
+            width = GROUP * blocks
+            first = unit // width * GROUP
+            size = tl.minimum(count - first, GROUP)
+            tile = first + unit % width % size
+            block = unit % width // size
+            expert = tl.load(tiles + 1 + tile)
+            start = tl.load(tiles + 1 + limit + tile)
+            inside = tl.arange(0, BM) < tl.load(tiles + 1 + 2 * limit + tile)
+            position = start + tl.arange(0, BM)
+            row = tl.load(order + position, mask=inside, other=0)
+            position = tl.where(inside, position, 0)
+        n0 = block // SPLIT * COLS
+        k0 = block % SPLIT * span
+        there = expert < experts
+        steps = tl.cdiv(tl.minimum(inner - k0, span), BK)
+        steps = tl.where(there & (tl.max(inside.to(tl.int32), 0) > 0), steps, 0)
+        e = tl.minimum(expert, experts - 1).to(tl.int64)
+
+        j = tl.arange(0, BN)
+        if LAYOUT == "halves":
+            column = n0 + j % COLS + j // COLS * columns
+            column_fits = n0 + j % COLS < columns
+        elif LAYOUT == "interleaved":
+            column = 2 * n0 + j
+            column_fits = column < 2 * columns
+        else:
+            column = n0 + j
+            column_fits = column < columns
+        k = tl.arange(0, BK)
+        a_index = row // TOP_K if FIRST else position
+        a_pointer = a + a_index.to(tl.int64)[:, None] * a_row + (k0 + k)[None, :]
+        w_pointer = w + e * w_expert + column.to(tl.int64)[None, :] * w_column
+        w_pointer += (k0 + k).to(tl.int64)[:, None] * w_inner
+        acc = tl.zeros((BM, COLS if PAIR else BN), tl.float32)
+        acc_up = tl.zeros((BM, COLS if PAIR else 16), tl.float32)
+        e32 = e.to(tl.int32)
+        for step in range(steps):
+            kk = k0 + step * BK
+            if A_DESC:
+                x_tile = a_desc.load([start, kk])
+            else:
+                a_mask = inside[:, None] if EVEN_K else inside[:, None] & (kk + k < inner)[None, :]
+                x_tile = tl.load(a_pointer, mask=a_mask, other=0.0)
+                a_pointer += BK
+            if W_DESC and W_ROWS:
+                if LAYOUT == "halves":
+                    w_tile = w_desc.load([e32, 0, n0, kk]).reshape(BN, BK).T
+                else:
+                    w_tile = w_desc.load([e32, column_start(n0, LAYOUT), kk]).reshape(BN, BK).T
+            elif W_DESC:
+                w_tile = w_desc.load([e32, kk, column_start(n0, LAYOUT)]).reshape(BK, COLS if PAIR else BN)
+            else:
+                if EVEN_N and EVEN_K:
+                    w_tile = tl.load(w_pointer)
+                elif EVEN_N:
+                    w_tile = tl.load(w_pointer, mask=(kk + k < inner)[:, None], other=0.0)
+                else:
+                    w_tile = tl.load(w_pointer, mask=(kk + k < inner)[:, None] & column_fits[None, :], other=0.0)
+                w_pointer += BK * w_inner
+            acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+            if PAIR:
+                up_tile = w_desc.load([e32, kk, columns + n0]).reshape(BK, COLS)
+                acc_up = tl.dot(x_tile, up_tile, acc_up, input_precision=PRECISION)
+
+        n = n0 + tl.arange(0, COLS)
+        if WEIGHT:
+            factor = tl.load(weight + row, mask=inside, other=0.0).to(tl.float32)[:, None]
+        if FIRST and WEIGHT:
+            acc = acc * factor
+            acc_up = acc_up * factor
+        if BIAS and not PAIR:
+            b = tl.load(bias + e * bias_expert + column, mask=column_fits, other=0.0).to(tl.float32)
+            acc += tl.where(k0 == 0, b, 0.0)[None, :]
+        if PAIR:
+            g, u = acc, acc_up
+            if BIAS:
+                g += tl.load(bias + e * bias_expert + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
+                u += tl.load(bias + e * bias_expert + columns + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
+            y = ACTIVATION(g, u)
+        elif LAYOUT == "halves":
+            g, u = tl.split(tl.permute(tl.reshape(acc, (BM, 2, COLS)), (0, 2, 1)))
+            y = ACTIVATION(g, u)
+        elif LAYOUT == "interleaved":
+            g, u = tl.split(tl.reshape(acc, (BM, COLS, 2)))
+            y = ACTIVATION(g, u)
+        elif FIRST:
+            y = ACTIVATION(acc, acc)
+        else:
+            y = acc
+        if not FIRST:
+            if WEIGHT:
+                y = y * factor
+            y = tl.where(there, y * scale, 0.0)
+        target = out + (block % SPLIT).to(tl.int64) * out_split
+        target += (position if FIRST else row).to(tl.int64)[:, None] * out_row + n[None, :]
+        tl.store(target, y.to(out.dtype.element_ty), mask=inside[:, None] & (n < columns)[None, :])
+
+
+@triton.jit
+def column_start(n0, LAYOUT: tl.constexpr):
+    """Where output column n0's first weight column lies."""
+    return 2 * n0 if LAYOUT == "interleaved" else n0
+
+
+@triton.jit
+def moe_combine(
+    y, out, tokens, hidden, split,
+    TOP_K: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr, BH: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """out[t] = sum over the SPLIT * TOP_K parts y[s, t, j], always in the same order; PARTS: a power of two >= them."""
+    if OVERLAP:
+        intrinsics.wait()
+    token = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    part = tl.arange(0, PARTS)
+    source = y + (part // TOP_K).to(tl.int64)[:, None] * split
+    source += (token * TOP_K + part % TOP_K)[:, None] * hidden + h[None, :]
+    inside = (part < SPLIT * TOP_K)[:, None] & (h < hidden)[None, :]
+    total = tl.sum(tl.load(source, mask=inside, other=0.0).to(tl.float32), 0)
+    tl.store(out + token * hidden + h, total.to(out.dtype.element_ty), mask=h < hidden)

@@ -1,0 +1,240 @@
+"""Experts as a sequence of launches: [sort] -> first product -> second product -> [sum over each token's experts].
+
+Only the [T*k, I] activations and the [T*k, H] results pass through memory; rows of x are gathered inside the first product.
+For few rows there is no sort, and for k = 1 the second product writes the result itself: two to five launches.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from braze.kernels.spec import MoeSpec
+from braze.kernels.triton import activation, compat
+from braze.kernels.triton.choose_config import Config, Problem, Tile, choose_config
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_EXPERTS = 2046
+MAX_DIRECT_ROWS = 1024
+
+
+def supports(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    spec: MoeSpec,
+) -> str | None:
+    """Why `run` can't take these tensors (fake ones too), in words; None where it can. Shapes as for `run`."""
+    biases = [b for b in (b1, b2) if b is not None]
+    checks = (
+        (compat.HAVE_TRITON, "Triton is not installed"),
+        (x.device.type in ("cuda", "xpu"), f"Triton has no {x.device.type} backend here"),
+        (x.dtype in DTYPES, f"rows in {x.dtype}"),
+        (w1.dtype == w2.dtype == x.dtype, f"weights in {w1.dtype} and {w2.dtype} for rows in {x.dtype}"),
+        ((spec.out_dtype or x.dtype) in DTYPES, f"a result in {spec.out_dtype}"),
+        (ids.dtype in (torch.int32, torch.int64), f"ids in {ids.dtype}"),
+        (weights.dtype in DTYPES, f"router weights in {weights.dtype}"),
+        (all(b.dtype in DTYPES for b in biases), "biases that are no 16-bit or 32-bit floats"),
+        (x.stride(-1) == 1, "rows of x that are not contiguous"),
+        (all(w.stride(1) == 1 or w.stride(2) == 1 for w in (w1, w2)), "weights with neither inner stride 1"),
+        (all(b.stride(-1) == 1 for b in biases), "biases that are not contiguous"),
+        (0 < w1.shape[0] <= MAX_EXPERTS, f"{w1.shape[0]} experts, not 1 to {MAX_EXPERTS}"),
+        (w1.shape[1] > 0 and w1.shape[2] > 0 and w2.shape[1] > 0, "weights without elements"),
+    )
+    reason = next((reason for fine, reason in checks if not fine), None)
+    return reason or _activation_refusal(spec.activation)
+
+
+def _activation_refusal(text: str) -> str | None:
+    try:
+        activation.source(text)
+    except (NotImplementedError, ValueError) as e:
+        return f"no Triton code for the activation: {e}"
+    return None
+
+
+def run(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    spec: MoeSpec,
+    *,
+    config: Config | None = None,
+) -> Tensor:
+    """`braze.kernels.reference.moe` on a GPU, accumulated in float32: x [T, H], ids and weights [T, k] -> [T, H].
+
+    config: tiles to use instead of the ones chosen. ValueError where `supports` has a reason.
+    """
+    reason = supports(x, ids, weights, w1, w2, b1, b2, spec)
+    if reason is not None:
+        raise ValueError(f"moe: {reason}")
+    return launch(x, ids, weights, w1, w2, b1, b2, spec, config)
+
+
+def problem(x: Tensor, ids: Tensor, w1: Tensor, w2: Tensor, spec: MoeSpec) -> Problem:
+    """What the choice of tiles depends on."""
+    hidden = x.shape[1]
+    return Problem(
+        tokens=x.shape[0],
+        top_k=ids.shape[1],
+        experts=w1.shape[0],
+        hidden=hidden,
+        intermediate=w2.shape[1] if spec.transposed else w2.shape[2],
+        gated=spec.layout != "none",
+        element=x.element_size(),
+        device=compat.device_name(x.device),
+        processors=compat.processors(x.device),
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where tiles of rows come from: ids [T, k] alone, or the sorted order and the list of tiles."""
+
+    ids: Tensor
+    order: Tensor
+    tiles: Tensor
+    limit: int
+    direct: bool
+
+
+@dataclass(frozen=True)
+class Product:
+    """One of the two products: out[row] = f(a[row] @ w[e] + bias[e]), its w as [E, N, K] whatever its strides."""
+
+    a: Tensor
+    w: Tensor
+    bias: Tensor | None
+    out: Tensor  # [split, rows, columns]
+    first: bool
+    weighted: bool
+    layout: str
+    scale: float
+    tile: Tile
+    overlap: bool
+
+
+def launch(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    spec: MoeSpec,
+    config: Config | None = None,
+) -> Tensor:
+    """`run` without its checks, on whatever device Triton or its interpreter runs on."""
+    tokens, k = ids.shape
+    rows, hidden = tokens * k, x.shape[1]
+    dtype = spec.out_dtype or x.dtype
+    if rows == 0:
+        return torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    if config is None:
+        config = choose_config(problem(x, ids, w1, w2, spec))
+    up = w1.transpose(1, 2) if spec.transposed else w1
+    down = w2.transpose(1, 2) if spec.transposed else w2
+    ids, weights = ids.contiguous(), weights.contiguous()
+    found = prepare(ids, w1.shape[0], config)
+    overlap = found.direct and compat.overlaps_launches(x.device)
+
+    h = x.new_empty(1, rows, down.shape[2])
+    on_input = spec.weight_on == "input"
+    _product(
+        Product(x, up, b1, h, True, on_input, spec.layout, 1.0, config.first, overlap), found, weights, spec, config
+    )
+    split = config.second.split
+    out = torch.empty(tokens, hidden, dtype=dtype, device=x.device)
+    alone = k == 1 and split == 1
+    # Partial sums are kept in float32; whole results of an expert are rounded as the result is.
+    y = out[None] if alone else torch.empty(
+        split, rows, hidden, dtype=torch.float32 if split > 1 else dtype, device=x.device
+    )  # fmt: skip
+    second = Product(h[0], down, b2, y, False, not on_input, "none", spec.scale, config.second, overlap)
+    _product(second, found, weights, spec, config)
+    if not alone:
+        _combine(y, out, k, overlap)
+    return out
+
+
+def prepare(ids: Tensor, experts: int, config: Config) -> Rows:
+    """Tiles of rows for a call: the ids as they are where rows are few, otherwise sorted."""
+    from braze.kernels.triton.align import align
+
+    if config.direct and ids.numel() <= MAX_DIRECT_ROWS:
+        return Rows(ids, ids, ids, 0, True)
+    found = align(ids, experts, config.rows)
+    return Rows(ids, found.order, found.tiles, found.limit, False)
+
+
+def _product(p: Product, found: Rows, weights: Tensor, spec: MoeSpec, config: Config) -> None:
+    import triton
+
+    from braze.kernels.triton.gemm import moe_gemm
+
+    tile = p.tile
+    experts, _, inner = p.w.shape
+    split, rows, columns = p.out.shape
+    gated = p.layout != "none"
+    cols = tile.columns // 2 if gated else tile.columns
+    span = triton.cdiv(triton.cdiv(inner, tile.inner), split) * tile.inner
+    blocks = triton.cdiv(columns, cols) * split
+    units = (rows if found.direct else found.limit) * blocks
+    w_rows = p.w.stride(2) == 1
+    stored, box = _stored(p, cols, w_rows)
+    w_desc = tile.descriptors and compat.takes_descriptor(stored)
+    a_desc = tile.descriptors and not p.first and not found.direct and compat.takes_descriptor(p.a)
+    options: dict[str, Any] = {"launch_pdl": True} if p.overlap and not p.first else {}
+    grid = min(units, tile.programs * compat.processors(p.a.device)) if tile.programs else units
+    moe_gemm[(grid,)](
+        p.a, p.w, p.bias if p.bias is not None else p.w, weights, p.out, found.ids, found.order, found.tiles,
+        compat.descriptor(p.a, [config.rows, tile.inner]) if a_desc else None,
+        compat.descriptor(stored, box) if w_desc else None,
+        rows, columns, inner, experts, found.limit, span, p.scale,
+        p.a.stride(0), p.w.stride(0), p.w.stride(1), p.w.stride(2),
+        p.bias.stride(0) if p.bias is not None else 0, p.out.stride(1), p.out.stride(0),
+        TOP_K=found.ids.shape[1], BM=config.rows, BN=tile.columns, BK=tile.inner, GROUP=tile.group, SPLIT=split,
+        SLOTS=triton.next_power_of_2(rows) if found.direct else 0, LAYOUT=p.layout,
+        ACTIVATION=activation.function(spec.activation) if p.first else None,
+        FIRST=p.first, BIAS=p.bias is not None, WEIGHT=p.weighted,
+        EVEN_N=columns % cols == 0, EVEN_K=inner % tile.inner == 0, A_DESC=a_desc, W_DESC=w_desc, W_ROWS=w_rows,
+        PRECISION=compat.dot_precision(p.a), OVERLAP=p.overlap, FLATTEN=tile.programs > 0,
+        num_warps=tile.warps, num_stages=tile.stages, **options,
+    )  # fmt: skip
+
+
+def _stored(p: Product, cols: int, w_rows: bool) -> tuple[Tensor, list[int]]:
+    """The weight as a descriptor sees it, last stride 1, and the box of one load; gate and up in one where they can be."""
+    if not w_rows:
+        return p.w.transpose(1, 2), [1, p.tile.inner, cols if p.layout == "halves" else p.tile.columns]
+    if p.layout == "halves":
+        return p.w.unflatten(1, (2, -1)), [1, 2, cols, p.tile.inner]
+    return p.w, [1, p.tile.columns, p.tile.inner]
+
+
+def _combine(y: Tensor, out: Tensor, top_k: int, overlap: bool) -> None:
+    import triton
+
+    from braze.kernels.triton.gemm import moe_combine
+
+    split, _, hidden = y.shape
+    tokens = out.shape[0]
+    parts = triton.next_power_of_2(split * top_k)
+    block = max(64, min(1024, triton.next_power_of_2(hidden), 8192 // parts))
+    if tokens < 16:
+        block = min(block, 256)
+    options: dict[str, Any] = {"launch_pdl": True} if overlap else {}
+    moe_combine[(tokens, triton.cdiv(hidden, block))](
+        y, out, tokens, hidden, y.stride(0),
+        TOP_K=top_k, PARTS=parts, SPLIT=split, BH=block, OVERLAP=overlap, num_warps=4, **options,
+    )  # fmt: skip
