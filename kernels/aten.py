@@ -30,18 +30,19 @@ def moe(
     flat = ids.reshape(-1)
     flat = torch.where((flat < 0) | (flat >= experts), experts, flat)
     expert, perm = torch.sort(flat, stable=True)
-    ends = torch.searchsorted(expert, torch.arange(experts, device=x.device, dtype=expert.dtype), right=True)
+    numbers = torch.arange(experts, device=x.device, dtype=expert.dtype)
+    ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)
     w = weights.reshape(-1)[perm].float()[:, None]
     valid = (expert < experts)[:, None]
     bias_row = expert.clamp(max=experts - 1)
 
-    h = torch.ops.braze.grouped_mm(x[perm // k], w1 if spec.transposed else w1.transpose(1, 2), ends).float()
+    h = _grouped_mm(x[perm // k], w1 if spec.transposed else w1.transpose(1, 2), ends).float()
     if spec.weight_on == "input":
         h = h * w
     if b1 is not None:
         h = h + b1[bias_row].float()
     act = apply_torch(spec.activation, *reference.split_gate_up(h, spec.layout)).to(x.dtype)
-    y = torch.ops.braze.grouped_mm(act, w2 if spec.transposed else w2.transpose(1, 2), ends).float()
+    y = _grouped_mm(act, w2 if spec.transposed else w2.transpose(1, 2), ends).float()
     if b2 is not None:
         y = y + b2[bias_row].float()
     if spec.weight_on == "output":
@@ -53,14 +54,18 @@ def moe(
     return (out if spec.scale == 1.0 else out * spec.scale).to(spec.out_dtype or x.dtype)
 
 
+def _grouped_mm(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+    """torch's own grouped product where it has one that Inductor knows, else an opaque op (`grouped_mm_eager`)."""
+    if x.device.type != "cpu" and x.dtype == torch.bfloat16:
+        return torch._grouped_mm(x, w, offs=offs)
+    return torch.ops.braze.grouped_mm(x, w, offs)  # type: ignore[no-any-return]
+
+
 def grouped_mm_eager(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
     """x [S, K] in E blocks of rows that end at offs [E]; w [E, K, N] -> [S, N]; rows past offs[-1] are undefined.
 
-    On a CPU each block is a product of its own, without the empty ones; elsewhere torch's grouped product does
-    bfloat16 with no synchronisation, and other dtypes wait for the offsets.
+    Each block is a product of its own, without the empty ones; off the CPU that waits for the offsets.
     """
-    if x.device.type != "cpu" and x.dtype == torch.bfloat16:
-        return torch._grouped_mm(x, w, offs.to(torch.int32))
     out = x.new_empty(x.shape[0], w.shape[2])
     begin = 0
     for e, end in enumerate(offs.tolist()):
