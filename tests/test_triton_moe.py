@@ -1,4 +1,3 @@
-# ruff: noqa: E402, F811, I001
 """The Triton experts against the float64 reference: on a GPU where there is one, else on the XPU simulator."""
 
 import pytest
