@@ -21,8 +21,9 @@ PROGRAMS = 64
 
 @dataclass(frozen=True)
 class Alignment:
-    """order [S]: rows sorted by expert. tiles [1 + 3*limit] int32: how many tiles there are, then each one's expert, first
-    position in `order`, and rows; limit bounds the number of tiles from what the host knows."""
+    """order [S]: rows sorted by expert. tiles [2 + 3*limit] int32: how many tiles have an expert, how many there are with
+    those that have none, then each one's expert, its first position in `order`, and its number of rows. limit: a bound on
+    the number of tiles, from what the host knows."""
 
     order: Tensor
     tiles: Tensor
@@ -87,17 +88,18 @@ def moe_place(
     tile_end = tl.cumsum(tile_count, 0)
     number = tl.sum(tile_count, 0)
     if program == 0:
-        tl.store(tiles, number)
+        tl.store(tiles, number - tl.sum(tl.where(bins == experts, tile_count, 0), 0))
+        tl.store(tiles + 1, number)
     for block in range(program, (number + 31) // 32, programs):
         tile = block * 32 + tl.arange(0, 32)
         expert = tl.sum((tile_end[None, :] <= tile[:, None]).to(tl.int32), 1)
         expert = tl.minimum(expert, experts)
         nth = tile - lookup(tile_end - tile_count, expert, BINS)
         live = tile < number
-        tl.store(tiles + 1 + tile, expert, mask=live)
-        tl.store(tiles + 1 + limit + tile, lookup(begin, expert, BINS) + nth * BM, mask=live)
+        tl.store(tiles + 2 + tile, expert, mask=live)
+        tl.store(tiles + 2 + limit + tile, lookup(begin, expert, BINS) + nth * BM, mask=live)
         size = tl.minimum(lookup(total, expert, BINS) - nth * BM, BM)
-        tl.store(tiles + 1 + 2 * limit + tile, size, mask=live)
+        tl.store(tiles + 2 + 2 * limit + tile, size, mask=live)
 
 
 def align(ids: Tensor, experts: int, tile_rows: int) -> Alignment:
@@ -110,7 +112,7 @@ def align(ids: Tensor, experts: int, tile_rows: int) -> Alignment:
     programs = 1 if alone else triton.cdiv(chunks, per_program)
     limit = min(rows, rows // tile_rows + min(experts + 1, rows))
     order = torch.empty(rows, dtype=torch.int32, device=ids.device)
-    tiles = torch.empty(1 + 3 * limit, dtype=torch.int32, device=ids.device)
+    tiles = torch.empty(2 + 3 * limit, dtype=torch.int32, device=ids.device)
     counts = order if alone else torch.empty(programs * bins, dtype=torch.int32, device=ids.device)
     if not alone:
         moe_count[(programs,)](ids, counts, rows, experts, per_program, CHUNK, bins, num_warps=4)

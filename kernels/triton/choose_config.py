@@ -5,7 +5,8 @@ rows should be about the rows that an expert has, its columns as few as keep eve
 """
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -73,14 +74,21 @@ def _tuned(folder: Path, device: str) -> Mapping[str, Mapping[str, Any]]:
     return json.loads(file.read_text()) if file.exists() else {}  # type: ignore[no-any-return]
 
 
-def choose_config(problem: Problem, folder: Path = CONFIGS) -> Config:
+def user_folder() -> Path:
+    """Where `braze tune` keeps what it measured; read before the configs of the package."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "braze" / "configs"
+
+
+def choose_config(problem: Problem, folders: Sequence[Path] | None = None) -> Config:
     """The tuned config of the nearest number of tokens, where the shape was tuned for this device; else the model's."""
-    by_tokens = _tuned(folder, problem.device).get(problem.shape)
-    if not by_tokens:
-        return model(problem)
-    rows = max(1, problem.tokens)
-    nearest = min(by_tokens, key=lambda t: max(int(t), rows) / min(int(t), rows))
-    return Config.of(by_tokens[nearest])
+    for folder in (user_folder(), CONFIGS) if folders is None else folders:
+        by_tokens = _tuned(folder, problem.device).get(problem.shape)
+        if by_tokens:
+            rows = max(1, problem.tokens)
+            nearest = min(by_tokens, key=lambda t: max(int(t), rows) / min(int(t), rows))
+            return Config.of(by_tokens[nearest])
+    return model(problem)
 
 
 def model(p: Problem) -> Config:

@@ -61,7 +61,7 @@ def moe_gemm(
 
     columns: of `out`; LAYOUT: of gate and up among w's columns, "none" where there is no gate; SLOTS: 0 for tiles from the
     list, otherwise a power of two >= rows. The inner dimension is cut in SPLIT stretches of `span`, each with a result of
-    its own. W_ROWS: w's inner dimension is contiguous. OVERLAP: launched before its predecessor has ended. FLATTEN: the loop
+    its own. W_ROWS: w's inner dimension is contiguous. OVERLAP: the launches of a call may overlap. FLATTEN: the loop
     over tiles and that over the inner dimension become one, so that a tile's first loads are made during the one before.
     """
     GATED: tl.constexpr = LAYOUT != "none"
@@ -70,11 +70,12 @@ def moe_gemm(
     blocks = tl.cdiv(columns, COLS) * SPLIT
     if OVERLAP:
         intrinsics.launch_dependents()
-        if not FIRST:
-            if W_ROWS and SLOTS > 0:
-                _prefetch(w, ids, rows, columns, inner, experts, span, w_expert, w_column, blocks, BN, SPLIT)
+        if (not FIRST and SLOTS > 0) and W_ROWS:
+            _prefetch(w, ids, rows, columns, inner, experts, span, w_expert, w_column, blocks, BN, SPLIT)
+        if not FIRST or SLOTS == 0:
             intrinsics.wait()
     count = rows if SLOTS > 0 else tl.load(tiles)
+    steps = tl.cdiv(span, BK)
     for unit in tl.range(tl.program_id(0), count * blocks, tl.num_programs(0), flatten=FLATTEN):
         if SLOTS > 0:
             block = unit % blocks
@@ -89,17 +90,17 @@ def moe_gemm(
             size = tl.minimum(count - first, GROUP)
             tile = first + unit % width % size
             block = unit % width // size
-            expert = tl.load(tiles + 1 + tile)
-            start = tl.load(tiles + 1 + limit + tile)
-            inside = tl.arange(0, BM) < tl.load(tiles + 1 + 2 * limit + tile)
+            expert = tl.load(tiles + 2 + tile)
+            start = tl.load(tiles + 2 + limit + tile)
+            inside = tl.arange(0, BM) < tl.load(tiles + 2 + 2 * limit + tile)
             position = start + tl.arange(0, BM)
             row = tl.load(order + position, mask=inside, other=0)
             position = tl.where(inside, position, 0)
         n0 = block // SPLIT * COLS
         k0 = block % SPLIT * span
-        there = expert < experts
-        steps = tl.cdiv(tl.minimum(inner - k0, span), BK)
-        steps = tl.where(there & (tl.max(inside.to(tl.int32), 0) > 0), steps, 0)
+        if SLOTS > 0:
+            there = expert < experts
+            steps = tl.where(there & (tl.max(inside.to(tl.int32), 0) > 0), tl.cdiv(span, BK), 0)
         e = tl.minimum(expert, experts - 1).to(tl.int64)
 
         j = tl.arange(0, BN)
@@ -176,10 +177,42 @@ def moe_gemm(
         if not FIRST:
             if WEIGHT:
                 y = y * factor
-            y = tl.where(there, y * scale, 0.0)
+            y = y * scale
+            if SLOTS > 0:
+                y = tl.where(there, y, 0.0)
         target = out + (block % SPLIT).to(tl.int64) * out_split
         target += (position if FIRST else row).to(tl.int64)[:, None] * out_row + n[None, :]
         tl.store(target, y.to(out.dtype.element_ty), mask=inside[:, None] & (n < columns)[None, :])
+
+    if SLOTS == 0 and not FIRST:
+        _zero_rows(out, order, tiles, count, columns, limit, out_row, out_split, BM, BN, SPLIT)
+
+
+@triton.jit
+def _zero_rows(
+    out,
+    order,
+    tiles,
+    count,
+    columns,
+    limit,
+    out_row,
+    out_split,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """The results of rows that have no expert: the tiles of the list from `count` on."""
+    for tile in range(count + tl.program_id(0), tl.load(tiles + 1), tl.num_programs(0)):
+        start = tl.load(tiles + 2 + limit + tile)
+        inside = tl.arange(0, BM) < tl.load(tiles + 2 + 2 * limit + tile)
+        row = tl.load(order + start + tl.arange(0, BM), mask=inside, other=0).to(tl.int64)
+        for part in range(SPLIT):
+            target = out + part.to(tl.int64) * out_split + row[:, None] * out_row
+            for n0 in range(0, columns, BN):
+                n = n0 + tl.arange(0, BN)
+                zero = tl.zeros((BM, BN), out.dtype.element_ty)
+                tl.store(target + n[None, :], zero, mask=inside[:, None] & (n < columns)[None, :])
 
 
 @triton.jit

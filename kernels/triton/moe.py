@@ -146,7 +146,7 @@ def launch(
     down = w2.transpose(1, 2) if spec.transposed else w2
     ids, weights = ids.contiguous(), weights.contiguous()
     found = prepare(ids, w1.shape[0], config)
-    overlap = found.direct and compat.overlaps_launches(x.device)
+    overlap = compat.overlaps_launches(x.device)
 
     h = x.new_empty(1, rows, down.shape[2])
     on_input = spec.weight_on == "input"
@@ -194,7 +194,7 @@ def _product(p: Product, found: Rows, weights: Tensor, spec: MoeSpec, config: Co
     stored, box = _stored(p, cols, w_rows)
     w_desc = tile.descriptors and compat.takes_descriptor(stored)
     a_desc = tile.descriptors and not p.first and not found.direct and compat.takes_descriptor(p.a)
-    options: dict[str, Any] = {"launch_pdl": True} if p.overlap and not p.first else {}
+    options: dict[str, Any] = {"launch_pdl": True} if p.overlap and not (p.first and found.direct) else {}
     grid = min(units, tile.programs * compat.processors(p.a.device)) if tile.programs else units
     moe_gemm[(grid,)](
         p.a, p.w, p.bias if p.bias is not None else p.w, weights, p.out, found.ids, found.order, found.tiles,
@@ -207,7 +207,7 @@ def _product(p: Product, found: Rows, weights: Tensor, spec: MoeSpec, config: Co
         SLOTS=triton.next_power_of_2(rows) if found.direct else 0, LAYOUT=p.layout,
         ACTIVATION=activation.function(spec.activation) if p.first else None,
         FIRST=p.first, BIAS=p.bias is not None, WEIGHT=p.weighted,
-        EVEN_N=columns % cols == 0, EVEN_K=inner % tile.inner == 0, A_DESC=a_desc, W_DESC=w_desc, W_ROWS=w_rows,
+        EVEN_N=columns % cols == 0, EVEN_K=inner % (tile.inner * split) == 0, A_DESC=a_desc, W_DESC=w_desc, W_ROWS=w_rows,
         PRECISION=compat.dot_precision(p.a), OVERLAP=p.overlap, FLATTEN=tile.programs > 0,
         num_warps=tile.warps, num_stages=tile.stages, **options,
     )  # fmt: skip
