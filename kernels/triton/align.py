@@ -1,22 +1,24 @@
-"""Sorts the T*k rows by expert on the device, without a host that waits: a counting sort in at most two launches.
+"""Sorts the T*k rows by expert on the device, without a host that waits: a counting sort in two or three launches.
 
-Row r = t*k + j belongs to expert ids[t, j]. Every program counts one stretch of rows; knowing all the counts, each can place
-its own rows. The same counts give the list of row tiles, cut per expert from how many rows it really has. Rows with an id
-outside 0..E-1 form one last "expert" E, so that the kernels after this one have one rule for all rows.
+Row r = t*k + j belongs to expert ids[t, j]. From how many rows each expert has follow where its rows begin and how many tiles
+they make; then every row takes the next free place of its expert. The order within an expert is left to chance: a row's
+result does not depend on its neighbours. Rows with an id outside 0..E-1 form one last "expert" E.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from braze.kernels.triton.intrinsics import lookup
+from braze.kernels.triton import intrinsics
 
-CHUNK = 128  # rows that are ranked against each other at once
-SINGLE = 512  # rows up to which one program does all
+CHUNK = 256  # rows that a program looks at together
+SINGLE = 1024  # rows up to which the scan counts by itself
 PROGRAMS = 64
+TILES = 32  # tiles that a program describes together
 
 
 @dataclass(frozen=True)
@@ -50,73 +52,87 @@ def moe_count(ids, counts, rows, experts, CHUNKS: tl.constexpr, CHUNK: tl.conste
 
 
 @triton.jit
-def moe_place(
-    ids, counts, order, tiles, rows, experts, limit,
-    CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, ALONE: tl.constexpr, BM: tl.constexpr,
+def moe_scan(
+    ids, counts, table, tiles, rows, experts, parts,
+    CHUNK: tl.constexpr, BINS: tl.constexpr, COUNTED: tl.constexpr, BM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Writes `order` for a program's rows and its share of the tiles. ALONE: the only program, with no counts to read."""
-    program, programs = tl.program_id(0), tl.num_programs(0)
+    """table [4, BINS]: each expert's next free position, its first, its rows, and its tiles with those before it.
+
+    COUNTED: from counts [parts, BINS]; otherwise one program counts all the `parts` chunks of rows.
+    """
+    if OVERLAP:
+        intrinsics.launch_dependents()
+        if COUNTED:
+            intrinsics.wait()
     bins = tl.arange(0, BINS)
     total = tl.zeros((BINS,), tl.int32)
-    before = tl.zeros((BINS,), tl.int32)
-    if ALONE:
-        for c in range(CHUNKS):
-            row = c * CHUNK + tl.arange(0, CHUNK)
-            total += tl.histogram(_experts(ids, row, rows, experts), BINS)
+    if COUNTED:
+        for first in range(0, parts, 16):
+            part = first + tl.arange(0, 16)[:, None]
+            total += tl.sum(tl.load(counts + part * BINS + bins[None, :], mask=part < parts, other=0), 0)
     else:
-        for first in range(0, programs, 8):
-            other = first + tl.arange(0, 8)[:, None]
-            some = tl.load(counts + other * BINS + bins[None, :], mask=other < programs, other=0)
-            total += tl.sum(some, 0)
-            before += tl.sum(tl.where(other < program, some, 0), 0)
+        for part in range(parts):
+            total += tl.histogram(_experts(ids, part * CHUNK + tl.arange(0, CHUNK), rows, experts), BINS)
     begin = tl.cumsum(total, 0) - total
-
-    base = begin + before
-    member = tl.arange(0, CHUNK)
-    for c in range(CHUNKS):
-        row = (program * CHUNKS + c) * CHUNK + member
-        expert = _experts(ids, row, rows, experts)
-        # A second load lays the same values out along the other axis.
-        other_row = (program * CHUNKS + c) * CHUNK + tl.arange(0, CHUNK)
-        other = _experts(ids, other_row, rows, experts)
-        same = (expert[:, None] == other[None, :]) & (member[None, :] < member[:, None])
-        rank = tl.sum(same.to(tl.int32), 1)
-        tl.store(order + lookup(base, expert, BINS) + rank, row, mask=row < rows)
-        base += tl.histogram(expert, BINS)
-
     tile_count = tl.where(bins <= experts, (total + BM - 1) // BM, 0)
-    tile_end = tl.cumsum(tile_count, 0)
+    tl.store(table + bins, begin)
+    tl.store(table + BINS + bins, begin)
+    tl.store(table + 2 * BINS + bins, total)
+    tl.store(table + 3 * BINS + bins, tl.cumsum(tile_count, 0))
     number = tl.sum(tile_count, 0)
-    if program == 0:
-        tl.store(tiles, number - tl.sum(tl.where(bins == experts, tile_count, 0), 0))
-        tl.store(tiles + 1, number)
-    for block in range(program, (number + 31) // 32, programs):
-        tile = block * 32 + tl.arange(0, 32)
-        expert = tl.sum((tile_end[None, :] <= tile[:, None]).to(tl.int32), 1)
-        expert = tl.minimum(expert, experts)
-        nth = tile - lookup(tile_end - tile_count, expert, BINS)
+    tl.store(tiles, number - tl.sum(tl.where(bins == experts, tile_count, 0), 0))
+    tl.store(tiles + 1, number)
+
+
+@triton.jit
+def moe_place(
+    ids, table, order, tiles, rows, experts, limit,
+    CHUNK: tl.constexpr, BINS: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Each program puts CHUNK rows in their places, and describes every so many TILES tiles."""
+    if OVERLAP:
+        intrinsics.launch_dependents()
+        intrinsics.wait()
+    program = tl.program_id(0)
+    row = program * CHUNK + tl.arange(0, CHUNK)
+    here = row < rows
+    place = tl.atomic_add(table + _experts(ids, row, rows, experts), 1, mask=here, sem="relaxed")
+    tl.store(order + place, row, mask=here)
+    number = tl.load(tiles + 1)
+    for block in range(program, tl.cdiv(number, TILES), tl.num_programs(0)):
+        tile = block * TILES + tl.arange(0, TILES)
+        tile_end = tl.load(table + 3 * BINS + tl.arange(0, BINS))
+        expert = tl.minimum(tl.sum((tile_end[None, :] <= tile[:, None]).to(tl.int32), 1), experts)
         live = tile < number
+        before = tl.load(table + 3 * BINS + expert - 1, mask=live & (expert > 0), other=0)
+        nth = tile - before
+        begin = tl.load(table + BINS + expert, mask=live, other=0)
+        total = tl.load(table + 2 * BINS + expert, mask=live, other=0)
         tl.store(tiles + 2 + tile, expert, mask=live)
-        tl.store(tiles + 2 + limit + tile, lookup(begin, expert, BINS) + nth * BM, mask=live)
-        size = tl.minimum(lookup(total, expert, BINS) - nth * BM, BM)
-        tl.store(tiles + 2 + 2 * limit + tile, size, mask=live)
+        tl.store(tiles + 2 + limit + tile, begin + nth * BM, mask=live)
+        tl.store(tiles + 2 + 2 * limit + tile, tl.minimum(total - nth * BM, BM), mask=live)
 
 
-def align(ids: Tensor, experts: int, tile_rows: int) -> Alignment:
-    """ids [T, k], contiguous; tile_rows: rows of a full tile, a power of two."""
+def align(ids: Tensor, experts: int, tile_rows: int, overlap: bool) -> Alignment:
+    """ids [T, k], contiguous; tile_rows: rows of a full tile, a power of two; overlap: launches of the call may overlap."""
     rows = ids.numel()
-    bins = max(16, triton.next_power_of_2(experts + 2))
+    bins = max(32, triton.next_power_of_2(experts + 2))
     chunks = triton.cdiv(rows, CHUNK)
-    alone = rows <= SINGLE
-    per_program = chunks if alone else max(1, triton.cdiv(chunks, PROGRAMS))
-    programs = 1 if alone else triton.cdiv(chunks, per_program)
+    counted = rows > SINGLE
+    each = triton.cdiv(chunks, PROGRAMS)
+    parts = triton.cdiv(chunks, each) if counted else chunks
     limit = min(rows, rows // tile_rows + min(experts + 1, rows))
-    order = torch.empty(rows, dtype=torch.int32, device=ids.device)
-    tiles = torch.empty(2 + 3 * limit, dtype=torch.int32, device=ids.device)
-    counts = order if alone else torch.empty(programs * bins, dtype=torch.int32, device=ids.device)
-    if not alone:
-        moe_count[(programs,)](ids, counts, rows, experts, per_program, CHUNK, bins, num_warps=4)
+    sizes = [triton.cdiv(n, 4) * 4 for n in (4 * bins, rows, 2 + 3 * limit, parts * bins if counted else 4)]
+    table, order, tiles, counts = torch.empty(sum(sizes), dtype=torch.int32, device=ids.device).split(sizes)
+    programs = max(chunks, triton.cdiv(limit, TILES))
+    options: dict[str, Any] = {"launch_pdl": True} if overlap else {}
+    if counted:
+        moe_count[(parts,)](ids, counts, rows, experts, each, CHUNK, bins, num_warps=4)
+    moe_scan[(1,)](
+        ids, counts, table, tiles, rows, experts, parts, CHUNK, bins, counted, tile_rows, overlap,
+        num_warps=8, **(options if counted else {}),
+    )  # fmt: skip
     moe_place[(programs,)](
-        ids, counts, order, tiles, rows, experts, limit, per_program, CHUNK, bins, alone, tile_rows, num_warps=8
+        ids, table, order, tiles, rows, experts, limit, CHUNK, bins, TILES, tile_rows, overlap, num_warps=4, **options
     )
     return Alignment(order, tiles, limit)

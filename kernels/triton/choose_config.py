@@ -1,7 +1,7 @@
 """Which tiles a problem gets: measured ones where the shape was tuned, otherwise a model of what a tile costs.
 
-The model: a product takes the longer of its bytes and its operations, in whole rounds of the device's processors; the tile's
-rows should be about the rows that an expert has, its columns as few as keep every processor reading.
+The model: a tile has about as many rows as an expert; few rows are a stream of weights, read by narrow tiles of which there
+are at least as many as processors; many are arithmetic, done in the largest tiles that registers hold.
 """
 
 import json
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-DIRECT_ROWS = 128  # T*k up to which programs find their rows from the ids alone
+DIRECT_ROWS = 16  # T*k up to which programs find their rows from the ids alone
+LARGE = ("h100", "h200", "b200")  # 227 KiB of shared memory, tile copies in hardware
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def _tuned(folder: Path, device: str) -> Mapping[str, Mapping[str, Any]]:
     return json.loads(file.read_text()) if file.exists() else {}  # type: ignore[no-any-return]
 
 
+@lru_cache(maxsize=1)
 def user_folder() -> Path:
     """Where `braze tune` keeps what it measured; read before the configs of the package."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -81,8 +83,16 @@ def user_folder() -> Path:
 
 
 def choose_config(problem: Problem, folders: Sequence[Path] | None = None) -> Config:
-    """The tuned config of the nearest number of tokens, where the shape was tuned for this device; else the model's."""
-    for folder in (user_folder(), CONFIGS) if folders is None else folders:
+    """The tuned config of the nearest number of tokens, where the shape was tuned for this device; else the model's.
+
+    folders: of config files, the first that knows the shape decides; by default the user's, then the package's.
+    """
+    return _choose(problem, (user_folder(), CONFIGS) if folders is None else tuple(folders))
+
+
+@lru_cache(maxsize=4096)
+def _choose(problem: Problem, folders: tuple[Path, ...]) -> Config:
+    for folder in folders:
         by_tokens = _tuned(folder, problem.device).get(problem.shape)
         if by_tokens:
             rows = max(1, problem.tokens)
@@ -94,35 +104,29 @@ def choose_config(problem: Problem, folders: Sequence[Path] | None = None) -> Co
 def model(p: Problem) -> Config:
     """A config for a problem that nobody measured."""
     rows = p.tokens * p.top_k
-    each = rows / min(p.experts, max(1, rows))
-    if p.element == 4:
-        small = Tile(64, 32, 4, 2)
-        return Config(16 if each <= 16 else 64, rows <= DIRECT_ROWS, small, small)
-    if p.device == "xpu":
-        tile = Tile(128, 32, 8, 2) if each <= 32 else Tile(128, 32, 16, 2)
-        return Config(16 if each <= 32 else 64, rows <= DIRECT_ROWS, tile, tile)
-    if each <= 24:
-        active = min(rows, p.experts)
-        return Config(
-            16,
-            rows <= DIRECT_ROWS,
-            _narrow(p, active, p.intermediate * (2 if p.gated else 1), p.hidden, 1),
-            _narrow(p, active, p.hidden, p.intermediate, 8),
-        )
-    if each <= 96:
-        tile_rows = 32 if each <= 40 else 64
-        return Config(tile_rows, False, Tile(128, 64, 4, 4, descriptors=True), Tile(128, 64, 4, 4, descriptors=True))
-    return Config(128, False, Tile(256, 64, 8, 3, descriptors=True), Tile(256, 64, 8, 3, descriptors=True))
+    each = rows / max(1, min(p.experts, rows))
+    direct = rows <= DIRECT_ROWS
+    if p.element == 4 or p.device not in LARGE:
+        tile = Tile(64, 32, 4, 2) if p.element == 4 else Tile(128, 32, 8, 2) if each > 14 else Tile(64, 64, 4, 2)
+        return Config(64 if each > 14 else 16, direct, tile, tile)
+    if direct:
+        return Config(16, True, *_streaming(p, min(rows, p.experts)))
+    if each <= 14:
+        tile = Tile(64, 256, 4, 3, group=1)
+        return Config(16, False, tile, tile)
+    if each <= 28:
+        tile = Tile(64, 256, 4, 3, group=2, descriptors=True)
+        return Config(32, False, tile, tile)
+    if each <= 100:
+        tile = Tile(128, 64, 4, 4, descriptors=True)
+        return Config(64, False, tile, tile)
+    first = Tile(256, 64, 8, 4, programs=1, descriptors=True)
+    return Config(128, False, first, Tile(256, 64, 8, 3, descriptors=True))
 
 
-def _narrow(p: Problem, active: int, columns: int, inner: int, most: int) -> Tile:
-    """A tile for few rows: few enough columns, and a split of at most `most`, that two rounds of programs all read."""
-    depth = 128 if inner % 128 == 0 else 64
-    width = (
-        128 if active * columns // 128 >= 4 * p.processors else 64 if active * columns // 64 >= 2 * p.processors else 32
-    )
-    programs = max(1, active * columns // width)
-    split = 1
-    while split < most and programs * split < 2 * p.processors and inner // (2 * split) >= 4 * depth:
-        split *= 2
-    return Tile(width, depth, 4, 4, group=1, split=split)
+def _streaming(p: Problem, active: int) -> tuple[Tile, Tile]:
+    """Tiles for a few rows of `active` experts: enough programs that every processor reads weights from the start."""
+    columns = p.intermediate * (2 if p.gated else 1)
+    width = 64 if active * columns // 64 >= 1.5 * p.processors else 32
+    split = 2 if active * p.hidden // 64 < 3 * p.processors and p.intermediate >= 512 else 1
+    return Tile(width, 128, 4, 3, group=1), Tile(64, 128, 4, 4, group=1, split=split)

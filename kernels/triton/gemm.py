@@ -223,17 +223,17 @@ def column_start(n0, LAYOUT: tl.constexpr):
 
 @triton.jit
 def moe_combine(
-    y, out, tokens, hidden, split,
-    TOP_K: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr, BH: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """out[t] = sum over the SPLIT * TOP_K parts y[s, t, j], always in the same order; PARTS: a power of two >= them."""
+    y, out, hidden, split, TOP_K: tl.constexpr, SPLIT: tl.constexpr, BH: tl.constexpr, OVERLAP: tl.constexpr
+):
+    """out[t] = sum over the SPLIT * TOP_K parts y[s, t, j], always in the same order."""
     if OVERLAP:
         intrinsics.wait()
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
-    part = tl.arange(0, PARTS)
-    source = y + (part // TOP_K).to(tl.int64)[:, None] * split
-    source += (token * TOP_K + part % TOP_K)[:, None] * hidden + h[None, :]
-    inside = (part < SPLIT * TOP_K)[:, None] & (h < hidden)[None, :]
-    total = tl.sum(tl.load(source, mask=inside, other=0.0).to(tl.float32), 0)
+    total = tl.zeros((BH,), tl.float32)
+    source = y + token * TOP_K * hidden + h
+    for _ in tl.static_range(SPLIT):
+        for j in tl.static_range(TOP_K):
+            total += tl.load(source + j * hidden, mask=h < hidden, other=0.0).to(tl.float32)
+        source += split
     tl.store(out + token * hidden + h, total.to(out.dtype.element_ty), mask=h < hidden)

@@ -28,11 +28,6 @@ if HAVE_DEPENDENT_LAUNCH:
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
         )
 
-    @triton.jit
-    def lookup(table, index, BINS: tl.constexpr):
-        """table[index], table of BINS elements."""
-        return tl.gather(table, index, 0)
-
 else:
 
     @triton.jit
@@ -46,9 +41,3 @@ else:
     @triton.jit
     def prefetch(pointers):
         """Nothing."""
-
-    @triton.jit
-    def lookup(table, index, BINS: tl.constexpr):
-        """table[index] as a sum over a one-hot matrix: triton-xpu 3.3 has no gather across warps."""
-        hot = index[:, None] == tl.arange(0, BINS)[None, :]
-        return tl.sum(tl.where(hot, table[None, :], 0), 1)

@@ -5,6 +5,7 @@ For few rows there is no sort, and for k = 1 the second product writes the resul
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ def supports(
     return reason or _activation_refusal(spec.activation)
 
 
+@lru_cache(maxsize=256)
 def _activation_refusal(text: str) -> str | None:
     try:
         activation.source(text)
@@ -145,8 +147,8 @@ def launch(
     up = w1.transpose(1, 2) if spec.transposed else w1
     down = w2.transpose(1, 2) if spec.transposed else w2
     ids, weights = ids.contiguous(), weights.contiguous()
-    found = prepare(ids, w1.shape[0], config)
     overlap = compat.overlaps_launches(x.device)
+    found = prepare(ids, w1.shape[0], config, overlap)
 
     h = x.new_empty(1, rows, down.shape[2])
     on_input = spec.weight_on == "input"
@@ -167,13 +169,13 @@ def launch(
     return out
 
 
-def prepare(ids: Tensor, experts: int, config: Config) -> Rows:
+def prepare(ids: Tensor, experts: int, config: Config, overlap: bool) -> Rows:
     """Tiles of rows for a call: the ids as they are where rows are few, otherwise sorted."""
     from braze.kernels.triton.align import align
 
     if config.direct and ids.numel() <= MAX_DIRECT_ROWS:
         return Rows(ids, ids, ids, 0, True)
-    found = align(ids, experts, config.rows)
+    found = align(ids, experts, config.rows, overlap)
     return Rows(ids, found.order, found.tiles, found.limit, False)
 
 
@@ -229,12 +231,9 @@ def _combine(y: Tensor, out: Tensor, top_k: int, overlap: bool) -> None:
 
     split, _, hidden = y.shape
     tokens = out.shape[0]
-    parts = triton.next_power_of_2(split * top_k)
-    block = max(64, min(1024, triton.next_power_of_2(hidden), 8192 // parts))
-    if tokens < 16:
-        block = min(block, 256)
+    block = 256 if tokens < 16 else min(1024, triton.next_power_of_2(hidden))
     options: dict[str, Any] = {"launch_pdl": True} if overlap else {}
     moe_combine[(tokens, triton.cdiv(hidden, block))](
-        y, out, tokens, hidden, y.stride(0),
-        TOP_K=top_k, PARTS=parts, SPLIT=split, BH=block, OVERLAP=overlap, num_warps=4, **options,
+        y, out, hidden, y.stride(0),
+        TOP_K=top_k, SPLIT=split, BH=block, OVERLAP=overlap, num_warps=max(1, block // 256), **options,
     )  # fmt: skip
