@@ -74,7 +74,7 @@ def graph_time(function: Callable[..., Any], sets: Sequence[tuple[Any, ...]], re
         for inputs in sets:
             function(*inputs)
     graph.replay()
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -170,10 +170,13 @@ def compile_ahead(jobs: Sequence[tuple[Shape, int, list[Config]]], processes: in
 def best(shape: Shape, tokens: int, weights: tuple[Tensor, Tensor], repeats: int = 7) -> tuple[Config, float]:
     """The fastest config of this many tokens, and its time in microseconds."""
     sets = shape.sets(tokens)
+    w1, w2 = weights
 
     def time(config: Config, repeats: int = repeats) -> float:
         try:
-            return graph_time(lambda *t: moe.run(*t, *weights, None, None, shape.spec, config=config), sets, repeats)
+            return graph_time(
+                lambda x, ids, w: moe.run(x, ids, w, w1, w2, None, None, shape.spec, config=config), sets, repeats
+            )
         except Exception:  # too much shared memory, say
             torch.cuda.synchronize()
             return float("inf")

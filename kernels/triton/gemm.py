@@ -207,12 +207,13 @@ def _zero_rows(
         start = tl.load(tiles + 2 + limit + tile)
         inside = tl.arange(0, BM) < tl.load(tiles + 2 + 2 * limit + tile)
         row = tl.load(order + start + tl.arange(0, BM), mask=inside, other=0).to(tl.int64)
-        for part in range(SPLIT):
-            target = out + part.to(tl.int64) * out_split + row[:, None] * out_row
+        target = out + row[:, None] * out_row
+        for _ in range(SPLIT):
             for n0 in range(0, columns, BN):
                 n = n0 + tl.arange(0, BN)
                 zero = tl.zeros((BM, BN), out.dtype.element_ty)
                 tl.store(target + n[None, :], zero, mask=inside[:, None] & (n < columns)[None, :])
+            target += out_split
 
 
 @triton.jit
