@@ -6,8 +6,11 @@ that one call; what the caller has compiled stays as it is.
 
 import dataclasses
 import html
+import inspect
 import io
+import itertools
 import json
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
@@ -92,14 +95,15 @@ class Report:
 
     def __rich__(self) -> Table:
         table = Table(title=self._summary(), show_lines=True, title_justify="left")
-        for column in _SITE_COLUMNS:
-            table.add_column(column, overflow="fold", no_wrap=column in ("", "kind"))
-        for row in self._site_rows():
-            table.add_row(*row)
+        table.add_column("sites", no_wrap=True)
+        for column in ("normal form", "kernel, why, proof", "source"):
+            table.add_column(column, overflow="fold")
+        for count, kind, form, dims, kernel, proof, source in self._site_rows():
+            table.add_row(f"{count} {kind}", f"{form}\n{dims}", f"{kernel}\n{proof}", source)
         for kind, reason, stage, source in self._miss_rows():
-            table.add_row("0 x", kind, f"not fused ({stage}): {reason}", "", "", "", source, style="yellow")
+            table.add_row(f"0 x {kind}", f"not fused ({stage}): {reason}", "", source, style="yellow")
         for error in self.errors:
-            table.add_row("0 x", "", f"internal error: {error}", "", "", "", "", style="red")
+            table.add_row("0 x", f"internal error: {error}", "", "", style="red")
         return table
 
     def __str__(self) -> str:
@@ -124,15 +128,36 @@ def explain(model: Callable[..., Any], /, *inputs: Any, **kwargs: Any) -> Report
     compiled before is lost, and nothing of torch's settings changes after the call.
     """
     model = getattr(model, "_orig_mod", model)
+    grad = torch.is_grad_enabled() and (not isinstance(model, nn.Module) or model.training)
 
     def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
         return braze(gm, example_inputs)
 
-    grad = torch.is_grad_enabled() and (not isinstance(model, nn.Module) or model.training)
     with (
         torch.set_grad_enabled(grad),
         torch._inductor.config.patch(force_disable_caches=True),
         collect() as reports,
     ):
-        torch.compile(model, backend=backend)(*inputs, **kwargs)
+        torch.compile(_apart(model), backend=backend, **_ISOLATED)(*inputs, **kwargs)
     return Report(tuple(reports))
+
+
+_calls = itertools.count()
+#: Where torch has it (2.13), code behind a graph break is counted apart as well.
+_ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+)
+
+
+def _apart(model: Callable[..., Any]) -> Callable[..., Any]:
+    """`model` behind a function with a code object of its own.
+
+    Dynamo counts recompilations by code object, and past its limit runs eagerly without an error: explaining a model often
+    must not use up the limit of the caller's own torch.compile. A module compiled in place is traced through, too.
+    """
+
+    def run(*inputs: Any, **kwargs: Any) -> Any:
+        return model(*inputs, **kwargs)
+
+    code = run.__code__.replace(co_name=f"explain_{next(_calls)}")
+    return types.FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
