@@ -121,5 +121,9 @@ def _check_inductor(name: str, key: str, value: Any) -> None:
 
 def table() -> str:
     """The options as a Markdown table: docs/options.md is made of it."""
-    rows = [f"| `{name}` | {kind} | `{default}` | {text} |" for name, (kind, default, text) in DOCUMENTED.items()]
+    bar = "\\|"  # a bar inside a cell
+    rows = [
+        f"| `{name}` | {kind} | `{default}` | {text.replace('|', bar)} |"
+        for name, (kind, default, text) in DOCUMENTED.items()
+    ]
     return "\n".join(["| option | type | default | what it does |", "| --- | --- | --- | --- |", *rows])
