@@ -19,7 +19,12 @@ class UsageError(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status (2 for a usage error)."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.run is _tune:
+        args.rest = rest  # its own parser takes them, leading options included
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(args.run(args) or 0)
     except UsageError as e:
@@ -60,7 +65,6 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_bench)
 
     tune = commands.add_parser("tune", help="measure kernel configurations for a shape on this device", add_help=False)
-    tune.add_argument("rest", nargs=argparse.REMAINDER)
     tune.set_defaults(run=_tune)
     return parser
 

@@ -63,3 +63,16 @@ def test_doctor_looks_at_what_matters() -> None:
     found = {c.what: c for c in checks()}
     assert {"Python", "torch", "triton", "IPEX", "C++ compiler", "CPU", "CUDA", "XPU"} <= found.keys()
     assert found["torch"].ok
+
+
+def test_tune_takes_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["tune", "--help"])
+    assert stop.value.code == 0
+    assert "--experts" in capsys.readouterr().out
+
+
+def test_an_unknown_argument_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["doctor", "--nonsense"])
+    assert "--nonsense" in capsys.readouterr().err
