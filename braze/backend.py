@@ -44,10 +44,11 @@ def fuse_graph(graph: fx.Graph, options: Options) -> GraphReport:
     """Runs passes and lowering over one post-grad graph in place; RequirementError where a required kind is missing."""
     nodes = len(graph.nodes)
     result = pipeline.run(graph, options.disable, options.strict)
-    findings = []
-    for call, finding in result.calls:
-        kernel, why = lower(call, options.kernel)
-        findings.append(replace(finding, kernel=kernel, why=why))
+    choices = lower([call for call, _ in result.calls], options.kernel)
+    findings = [
+        replace(finding, kernel=kernel, why=why)
+        for (_, finding), (kernel, why) in zip(result.calls, choices, strict=True)
+    ]
     graph.lint()
     report = GraphReport(nodes, tuple(findings), tuple(result.near_misses), tuple(result.errors), result.seconds)
     _tell(report)

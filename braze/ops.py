@@ -4,6 +4,7 @@
 float32 (braze.kernels.reference) and a decomposition into ATen ops, which is also how they run when called eagerly.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from braze.kernels import aten
 from braze.kernels.cpp import moe as cpp_moe
 from braze.kernels.spec import MoeSpec, RopeSpec
+from braze.kernels.triton import moe as triton_moe
 
 MOE_SCHEMA = (
     "(Tensor x, Tensor ids, Tensor weights, Tensor w1, Tensor w2, Tensor? b1=None, Tensor? b2=None, *, "
@@ -84,25 +86,23 @@ def _moe_fake(
     return x.new_empty(x.shape, dtype=spec.out_dtype or x.dtype)
 
 
+_KERNELS: dict[str, Any] = {"cpu": cpp_moe, "cuda": triton_moe, "xpu": triton_moe}
+
+
 @torch.library.impl("braze::moe", "CompositeExplicitAutograd")
 def _moe(
     x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w2: Tensor,
     b1: Tensor | None = None, b2: Tensor | None = None, **attributes: Any,
 ) -> Tensor:  # fmt: skip
-    spec = MoeSpec(**attributes)
+    spec = _moe_spec(**attributes)
     check_moe(x, ids, weights, w1, w2, spec)
-    return aten.moe(x, ids, weights, w1, w2, b1, b2, spec)
+    kernel = _KERNELS.get(x.device.type)
+    if kernel is None or kernel.supports(x, ids, weights, w1, w2, b1, b2, spec):
+        return aten.moe(x, ids, weights, w1, w2, b1, b2, spec)
+    return kernel.run(x, ids, weights, w1, w2, b1, b2, spec)  # type: ignore[no-any-return]
 
 
-@torch.library.impl("braze::moe", "CPU")
-def _moe_cpu(
-    x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w2: Tensor,
-    b1: Tensor | None = None, b2: Tensor | None = None, **attributes: Any,
-) -> Tensor:  # fmt: skip
-    spec = MoeSpec(**attributes)
-    check_moe(x, ids, weights, w1, w2, spec)
-    kernel = aten.moe if cpp_moe.supports(x, ids, weights, w1, w2, b1, b2, spec) else cpp_moe.run
-    return kernel(x, ids, weights, w1, w2, b1, b2, spec)
+_moe_spec = lru_cache(maxsize=256)(MoeSpec)
 
 
 @torch.library.register_fake("braze::rope")

@@ -13,7 +13,10 @@ from typing import Any
 from braze.lowering import inductor
 from braze.passes.sites import KINDS, Kind
 
-KERNELS: dict[Kind, tuple[str, ...]] = {"rope": ("auto", "pointwise"), "moe": ("auto", "cpp", "aten")}
+KERNELS: dict[Kind, tuple[str, ...]] = {
+    "rope": ("auto", "pointwise", "triton"),
+    "moe": ("auto", "cpp", "triton", "aten"),
+}
 
 #: name -> (type, default, what it does), in the order of the documentation
 DOCUMENTED: dict[str, tuple[str, str, str]] = {
@@ -24,7 +27,8 @@ DOCUMENTED: dict[str, tuple[str, str, str]] = {
     "strict": ("bool", "False", "Raise an error inside braze's passes; otherwise it is logged and the site stays unfused."),
     "kernel": (
         "dict of kind to kernel", "{}",
-        'Asks for a kernel instead of the best one: {"rope": "auto" | "pointwise", "moe": "auto" | "cpp" | "aten"}.',
+        "Asks for a kernel instead of the best one, where it can run: "
+        '{"rope": "auto" | "pointwise" | "triton", "moe": "auto" | "cpp" | "triton" | "aten"}.',
     ),
 }  # fmt: skip
 

@@ -6,29 +6,49 @@ from torch import fx
 
 from braze.kernels.cpp import moe as cpp_moe
 from braze.kernels.spec import MoeSpec
+from braze.kernels.triton import moe as triton_moe
+from braze.lowering.rotations import Turn, turn
 
 
-def choose_rope(call: fx.Node, forced: str) -> tuple[str, str]:
-    """(kernel, why) for a `braze::rope` call."""
-    return "pointwise", "fuses with its neighbours"
+def choose_rope(call: fx.Node, forced: str) -> tuple[str, str, Turn | None]:
+    """(kernel, why, the call as a kernel takes it) for a `braze::rope` call; None where Inductor's own code does it."""
+    device = call.meta["val"].device.type
+    if forced == "pointwise":
+        return "pointwise", "asked for", None
+    if device not in ("cuda", "xpu"):
+        return "pointwise", "fuses with its neighbours", None
+    found = turn(call)
+    if isinstance(found, str):
+        return "pointwise", f"fuses with its neighbours; the Triton kernel does not take this ({found})", None
+    return (
+        "triton",
+        "asked for" if forced == "triton" else "q and k in one launch, tables read once for all heads",
+        found,
+    )
 
 
 def choose_moe(call: fx.Node, forced: str) -> tuple[str, str]:
-    """(kernel, why) for a `braze::moe` call: "cpp" keeps the call whole, "aten" opens it up."""
+    """(kernel, why) for a `braze::moe` call: "aten" opens it up, every other kernel keeps it whole."""
     args: Any = fx.node.map_arg(call.args, lambda n: n.meta["val"])
     attributes: Any = call.kwargs
     x, ids, weights, w1, w2, b1, b2 = (*args, None, None)[:7]
     if forced == "aten":
         return "aten", "asked for"
-    if x.device.type != "cpu":
-        return (
-            "aten",
-            "grouped products on sorted rows, fused by Inductor around them: no kernel of braze's for this device yet",
-        )
-    refusal = cpp_moe.supports(x, ids, weights, w1, w2, b1, b2, MoeSpec(**attributes))
-    if refusal is None:
-        return (
-            "cpp",
-            "asked for" if forced == "cpp" else "one C++ call, rows gathered in place, each expert's weights read once",
-        )
-    return "aten", f"grouped products on sorted rows: the C++ kernel does not take this ({refusal})"
+    name, kernel, why = _MOE.get(x.device.type, (None, None, ""))
+    if kernel is None:
+        return "aten", f"grouped products on sorted rows: no kernel of braze's for {x.device.type}"
+    if forced not in ("auto", name):
+        return "aten", f"grouped products on sorted rows: the {forced} kernel is not for {x.device.type}"
+    refusal = kernel.supports(x, ids, weights, w1, w2, b1, b2, MoeSpec(**attributes))
+    if refusal is not None:
+        return "aten", f"grouped products on sorted rows: the {name} kernel does not take this ({refusal})"
+    return name, "asked for" if forced == name else why
+
+
+_TRITON = ("triton", triton_moe, "two products whose rows, bias, activation and weights are handled inside them")
+#: device -> (name, module, why) of its kernel
+_MOE: dict[str, Any] = {
+    "cpu": ("cpp", cpp_moe, "one C++ call, rows gathered in place, each expert's weights read once"),
+    "cuda": _TRITON,
+    "xpu": _TRITON,
+}

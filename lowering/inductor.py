@@ -16,6 +16,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._higher_order_ops.triton_kernel_wrap import (
+    create_tma_stable_metadata,
+    kernel_side_table,
+    triton_kernel_wrapper_functional,
+)
 from torch._inductor import config, ir
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -27,6 +32,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from braze.kernels.spec import PairLayout, RopeSpec
+from braze.kernels.triton.choose_config import user_folder
+from braze.kernels.triton.compat import Box
 
 HOOK = "post_grad_custom_pre_pass"
 
@@ -50,7 +57,7 @@ class GraphPass(CustomGraphPass):  # type: ignore[misc]
         keys = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.before]
         if None in keys:
             return None
-        return ("braze", source_key(), self.key, versions(), *map(str, keys))
+        return ("braze", source_key(), tuned_key(), self.key, versions(), *map(str, keys))
 
 
 def no_modes() -> contextlib.AbstractContextManager[object]:
@@ -84,6 +91,15 @@ def source_key() -> str:
         root = Path(next(iter(importlib.import_module(package).__path__)))
         for file in sorted(f for f in root.rglob("*") if f.suffix in (".py", ".h", ".cpp", ".json", ".cl")):
             digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=1)
+def tuned_key() -> str:
+    """A digest of the tiles that the user measured (`braze tune`), which compiled graphs contain."""
+    digest = hashlib.sha256()
+    for file in sorted(user_folder().glob("*.json")):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 
@@ -287,6 +303,47 @@ class _Rotation:
         if not V.graph.sizevars.statically_known_equals(self.size[-1], end):
             parts.append(passed(end, self.size[-1]))
         return parts[0] if len(parts) == 1 else cat(parts, last)
+
+
+def start(
+    kernel: Any,
+    grid: tuple[Any, ...],
+    args: tuple[Any, ...],
+    constants: Mapping[str, Any],
+    writes: Sequence[str],
+    *,
+    warps: int,
+    stages: int | None = None,
+    overlap: bool = False,
+) -> list[torch.Tensor]:
+    """A launch (`braze.kernels.triton.compat.Start`) that becomes a node of the graph being traced.
+
+    Inductor then compiles the kernel ahead of time, plans its buffers, and starts it as it does its own.
+    """
+    given = dict(zip(kernel.arg_names, args, strict=False))
+    boxes = {name: arg for name, arg in given.items() if isinstance(arg, Box)}
+    text = {name: value for name, value in constants.items() if isinstance(value, str)}
+    results: Any = triton_kernel_wrapper_functional(
+        kernel_idx=kernel_side_table.add_kernel(_configured(kernel, warps, stages)),
+        constant_args_idx=kernel_side_table.add_constant_args(text),
+        grid=[(*grid, 1, 1)[:3]],
+        tma_descriptor_metadata={name: create_tma_stable_metadata(list(box.block)) for name, box in boxes.items()},
+        kwargs={
+            **{name: boxes[name].tensor if name in boxes else arg for name, arg in given.items()},
+            **{name: value for name, value in constants.items() if name not in text},
+        },
+        tensors_to_clone=list(writes),
+    )
+    return [results[name] for name in writes]
+
+
+@lru_cache(maxsize=1024)
+def _configured(kernel: Any, warps: int, stages: int | None) -> Any:
+    """The kernel with its launch options, in the only way that Inductor takes them."""
+    import triton
+
+    options = {"num_warps": warps} | ({"num_stages": stages} if stages else {})
+    return triton.autotune([triton.Config({}, **options)], key=[])(kernel)
 
 
 def modes() -> Mapping[str, Mapping[str, Any]]:

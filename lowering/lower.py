@@ -1,25 +1,46 @@
-"""Gives each semantic op its kernel: left whole for a registered lowering or kernel, or opened up into ATen ops."""
+"""Gives each semantic op its kernel: left whole for a registered lowering or kernel, or opened up into what it consists of."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from torch import fx
+from torch import Tensor, fx
 
 from braze.kernels import aten
 from braze.kernels.spec import MoeSpec
-from braze.lowering import inductor
+from braze.kernels.triton import moe as triton_moe
+from braze.lowering import inductor, rotations
 from braze.lowering.choose import choose_moe, choose_rope
 from braze.lowering.inline import inline
+from braze.lowering.rotations import Turn
 
 
-def lower(call: fx.Node, forced: Mapping[str, str]) -> tuple[str, str]:
-    """(kernel, why) for one `braze::rope` or `braze::moe` call, after making the graph use it."""
-    if call.target.name() == "braze::rope":  # type: ignore[union-attr]
-        return choose_rope(call, forced.get("rope", "auto"))
-    kernel, why = choose_moe(call, forced.get("moe", "auto"))
+def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(kernel, why) for each `braze::rope` or `braze::moe` call, after making the graph use it."""
+    turns: list[Turn] = []
+    choices = []
+    for call in calls:
+        if call.target.name() == "braze::rope":  # type: ignore[union-attr]
+            kernel, why, turn = choose_rope(call, forced.get("rope", "auto"))
+            turns += [turn] if turn is not None else []
+        else:
+            kernel, why = choose_moe(call, forced.get("moe", "auto"))
+            _apply_moe(call, kernel)
+        choices.append((kernel, why))
+    for group in rotations.pairs(turns):
+        rotations.launch(group)
+    return choices
+
+
+def _apply_moe(call: fx.Node, kernel: str) -> None:
     if kernel == "aten":
         inline(call, _compose_moe, inductor.decompositions())
-    return kernel, why
+    elif kernel == "triton" and all(isinstance(s, int) for s in call.meta["val"].shape):
+        # Tiles are chosen by the number of tokens: where that is known, the launches become a part of the graph.
+        inline(call, _launch_moe, inductor.decompositions())
 
 
 def _compose_moe(x, ids, weights, w1, w2, b1=None, b2=None, **attributes):  # type: ignore[no-untyped-def]
     return aten.moe(x, ids, weights, w1, w2, b1, b2, MoeSpec(**attributes))
+
+
+def _launch_moe(x, ids, weights, w1, w2, b1=None, b2=None, **attributes) -> Tensor:  # type: ignore[no-untyped-def]
+    return triton_moe.launch(x, ids, weights, w1, w2, b1, b2, MoeSpec(**attributes), start=inductor.start)

@@ -1,12 +1,13 @@
 """An activation's text as a Triton function of (g, u), generated once for each text.
 
-The generated source is all there is to know about the function, so its name carries a digest of it: Triton's caches, which
-know functions that are passed as arguments by name, can't confuse two activations.
+A kernel calls its global `activation`; each text makes a copy of the kernel with that global bound to the generated function,
+which Triton's caches then know by its source, as they do every function that a kernel calls.
 """
 
 import hashlib
 import linecache
 import math
+import types
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -66,16 +67,20 @@ def source(text: str) -> str:
 
 
 @lru_cache(maxsize=256)
-def function(text: str) -> Any:
-    """The activation as a @triton.jit function of float32 blocks g and u of one shape."""
+def bind(kernel: Any, text: str) -> Any:
+    """A copy of a @triton.jit kernel whose global `activation` is this one, a function of float32 blocks g and u."""
     import triton
     import triton.language as tl
 
-    body = source(text)
-    name = f"activation_{hashlib.sha256(body.encode()).hexdigest()[:16]}"
-    code = f"def {name}(g, u):\n    return {body}\n"
-    file = f"<braze {name}>"
+    code = f"def activation(g, u):\n    return {source(text)}\n"
+    file = f"<braze activation {hashlib.sha256(code.encode()).hexdigest()[:16]}>"
     linecache.cache[file] = (len(code), None, code.splitlines(keepends=True), file)  # where triton.jit reads it
-    namespace: dict[str, Any] = {"tl": tl, "__name__": f"braze.{name}"}
+    namespace: dict[str, Any] = {"tl": tl, "__name__": "braze.activation"}
     exec(compile(code, file, "exec"), namespace)
-    return triton.jit(namespace[name])
+    fn = kernel.fn
+    copy = types.FunctionType(
+        fn.__code__, {**fn.__globals__, "activation": triton.jit(namespace["activation"])}, fn.__name__
+    )
+    copy.__module__, copy.__qualname__, copy.__doc__ = fn.__module__, fn.__qualname__, fn.__doc__
+    copy.__annotations__ = fn.__annotations__
+    return triton.jit(copy)

@@ -6,14 +6,14 @@ result does not depend on its neighbours. Rows with an id outside 0..E-1 form on
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from braze.kernels.triton import intrinsics
+from braze.kernels.triton.compat import Start
+from braze.kernels.triton.intrinsics import launch_dependents, wait
 
 CHUNK = 256  # rows that a program looks at together
 SINGLE = 1024  # rows up to which the scan counts by itself
@@ -61,9 +61,9 @@ def moe_scan(
     COUNTED: from counts [parts, BINS]; otherwise one program counts all the `parts` chunks of rows.
     """
     if OVERLAP:
-        intrinsics.launch_dependents()
+        launch_dependents()
         if COUNTED:
-            intrinsics.wait()
+            wait()
     bins = tl.arange(0, BINS)
     total = tl.zeros((BINS,), tl.int32)
     if COUNTED:
@@ -91,8 +91,8 @@ def moe_place(
 ):  # fmt: skip
     """Each program puts CHUNK rows in their places, and describes every so many TILES tiles."""
     if OVERLAP:
-        intrinsics.launch_dependents()
-        intrinsics.wait()
+        launch_dependents()
+        wait()
     program = tl.program_id(0)
     row = program * CHUNK + tl.arange(0, CHUNK)
     here = row < rows
@@ -113,7 +113,7 @@ def moe_place(
         tl.store(tiles + 2 + 2 * limit + tile, tl.minimum(total - nth * BM, BM), mask=live)
 
 
-def align(ids: Tensor, experts: int, tile_rows: int, overlap: bool) -> Alignment:
+def align(ids: Tensor, experts: int, tile_rows: int, start: Start, overlap: bool) -> Alignment:
     """ids [T, k], contiguous; tile_rows: rows of a full tile, a power of two; overlap: launches of the call may overlap."""
     rows = ids.numel()
     bins = max(32, triton.next_power_of_2(experts + 2))
@@ -122,17 +122,23 @@ def align(ids: Tensor, experts: int, tile_rows: int, overlap: bool) -> Alignment
     each = triton.cdiv(chunks, PROGRAMS)
     parts = triton.cdiv(chunks, each) if counted else chunks
     limit = min(rows, rows // tile_rows + min(experts + 1, rows))
-    sizes = [triton.cdiv(n, 4) * 4 for n in (4 * bins, rows, 2 + 3 * limit, parts * bins if counted else 4)]
-    table, order, tiles, counts = torch.empty(sum(sizes), dtype=torch.int32, device=ids.device).split(sizes)
-    programs = max(chunks, triton.cdiv(limit, TILES))
-    options: dict[str, Any] = {"launch_pdl": True} if overlap else {}
-    if counted:
-        moe_count[(parts,)](ids, counts, rows, experts, each, CHUNK, bins, num_warps=4)
-    moe_scan[(1,)](
-        ids, counts, table, tiles, rows, experts, parts, CHUNK, bins, counted, tile_rows, overlap,
-        num_warps=8, **(options if counted else {}),
-    )  # fmt: skip
-    moe_place[(programs,)](
-        ids, table, order, tiles, rows, experts, limit, CHUNK, bins, TILES, tile_rows, overlap, num_warps=4, **options
+    table, order, tiles = (
+        torch.empty(n, dtype=torch.int32, device=ids.device) for n in (4 * bins, rows, 2 + 3 * limit)
     )
+    programs = max(chunks, triton.cdiv(limit, TILES))
+    counts = table
+    if counted:
+        counts = torch.empty(parts * bins, dtype=torch.int32, device=ids.device)
+        constants = {"CHUNKS": each, "CHUNK": CHUNK, "BINS": bins}
+        (counts,) = start(moe_count, (parts,), (ids, counts, rows, experts), constants, ["counts"], warps=4)
+    table, tiles = start(
+        moe_scan, (1,), (ids, counts, table, tiles, rows, experts, parts),
+        {"CHUNK": CHUNK, "BINS": bins, "COUNTED": counted, "BM": tile_rows, "OVERLAP": overlap},
+        ["table", "tiles"], warps=8, overlap=overlap and counted,
+    )  # fmt: skip
+    _, order, tiles = start(
+        moe_place, (programs,), (ids, table, order, tiles, rows, experts, limit),
+        {"CHUNK": CHUNK, "BINS": bins, "TILES": TILES, "BM": tile_rows, "OVERLAP": overlap},
+        ["table", "order", "tiles"], warps=4, overlap=overlap,
+    )  # fmt: skip
     return Alignment(order, tiles, limit)

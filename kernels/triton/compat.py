@@ -1,15 +1,19 @@
 """What differs between versions and vendors of Triton, in one place.
 
 A weight tile is read through a tensor descriptor (made on the host) where the device copies tiles in hardware and Triton
-has such descriptors (3.4 and later), and through plain pointers everywhere else; kernels take either.
+has such descriptors (3.4 and later), and through plain pointers everywhere else; kernels take either. Host code launches
+kernels through a `Start`, so that one sequence runs at once or becomes a part of a graph.
 """
 
 import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 HAVE_HOST_DESCRIPTORS = HAVE_TRITON and importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
@@ -29,15 +33,21 @@ def takes_descriptor(x: Tensor) -> bool:
         and _hopper_or_later(x.device)
         and x.stride(-1) == 1
         and aligned
-        and x.data_ptr() % DESCRIPTOR_ALIGNMENT == 0
+        and _address(x) % DESCRIPTOR_ALIGNMENT == 0
     )
 
 
-def descriptor(x: Tensor, block: list[int]) -> Any:
-    """A host-side descriptor of x whose loads have shape `block`, zeros beyond the ends of x."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
+def _address(x: Tensor) -> int:
+    """Where x begins; in a graph, counted from its storage, which compiled code gets aligned."""
+    return int(x.storage_offset() * x.element_size()) if isinstance(x, FakeTensor) else x.data_ptr()
 
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+
+@dataclass(frozen=True)
+class Box:
+    """A tensor that a kernel reads in blocks of this shape through a descriptor, zeros beyond the tensor's ends."""
+
+    tensor: Tensor
+    block: tuple[int, ...]
 
 
 def overlaps_launches(device: torch.device) -> bool:
@@ -71,3 +81,76 @@ def device_name(device: torch.device) -> str:
 def dot_precision(x: Tensor) -> str:
     """How float32 products are made: three tf32 products on an NVIDIA GPU, which keep float32's accuracy."""
     return "tf32x3" if x.dtype == torch.float32 and x.device.type == "cuda" else "ieee"
+
+
+class Start(Protocol):
+    """How a kernel is launched: at once (`start`), or by becoming a part of a graph."""
+
+    def __call__(
+        self,
+        kernel: Any,
+        grid: tuple[Any, ...],
+        args: tuple[Any, ...],
+        constants: Mapping[str, Any],
+        writes: Sequence[str],
+        *,
+        warps: int,
+        stages: int | None = None,
+        overlap: bool = False,
+    ) -> list[Tensor]:
+        """Launches kernel[grid](*args, **constants) and returns the arguments named in `writes` as the kernel leaves them.
+
+        args: the kernel's arguments ahead of its constexprs, which are `constants`, in the order of its signature.
+        overlap: the launch may begin before its predecessor has ended.
+        """
+        ...
+
+
+_compiled: dict[Any, Any] = {}
+
+
+def start(
+    kernel: Any,
+    grid: tuple[Any, ...],
+    args: tuple[Any, ...],
+    constants: Mapping[str, Any],
+    writes: Sequence[str],
+    *,
+    warps: int,
+    stages: int | None = None,
+    overlap: bool = False,
+) -> list[Tensor]:
+    """A launch at once. What was compiled for such arguments is found by a short key: at one token, Triton's own way from
+    a call to a launch, which looks at every argument again, takes longer than the kernel."""
+    written = [args[kernel.arg_names.index(name)] for name in writes]
+    options = (
+        {"num_warps": warps} | ({"num_stages": stages} if stages else {}) | ({"launch_pdl": True} if overlap else {})
+    )
+    key = None
+    if args[0].device.type in ("cuda", "xpu"):
+        key = (kernel, args[0].device.index, *map(_specialized, args), *constants.values(), *options.values())
+    given = tuple(_descriptor(a) if isinstance(a, Box) else a for a in args)
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[(*grid, 1, 1)[:3]](*given, *constants.values())
+        return written
+    compiled = kernel[grid](*given, **constants, **options)
+    if key is not None:
+        _compiled[key] = compiled
+    return written
+
+
+def _specialized(value: Any) -> Any:
+    """What of an argument Triton compiles for."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, int):
+        return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
+    return (value.tensor.dtype, value.block) if isinstance(value, Box) else None
+
+
+def _descriptor(box: Box) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    x = box.tensor
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(box.block))

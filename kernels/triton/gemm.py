@@ -7,10 +7,16 @@ expert leads a tile, and every program finds out alone. All that is elementwise 
 import triton
 import triton.language as tl
 
-from braze.kernels.triton import intrinsics
+from braze.kernels.triton.intrinsics import launch_dependents, prefetch, wait
 
 PREFETCH = tl.constexpr(512)  # elements of each row
 LINE = tl.constexpr(64)  # elements of a cache line, 16 bits each
+
+
+@triton.jit
+def activation(g, u):
+    """Stands for the activation of the first product: `braze.kernels.triton.activation.bind` puts another in its place."""
+    return g * u
 
 
 @triton.jit
@@ -43,7 +49,7 @@ def _prefetch(
     k = tl.minimum(k, inner - 1)
     expert = tl.where((expert >= 0) & (expert < experts), expert, 0)
     pointer = w + expert * w_expert + tl.minimum(column, columns - 1).to(tl.int64)[:, None] * w_column + k[None, :]
-    intrinsics.prefetch(pointer)
+    prefetch(pointer)
 
 
 @triton.jit
@@ -52,7 +58,7 @@ def moe_gemm(
     rows, columns, inner, experts, limit, span, scale,
     a_row, w_expert, w_column, w_inner, bias_expert, out_row, out_split,
     TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    SPLIT: tl.constexpr, SLOTS: tl.constexpr, LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr,
+    SPLIT: tl.constexpr, SLOTS: tl.constexpr, LAYOUT: tl.constexpr,
     FIRST: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     A_DESC: tl.constexpr, W_DESC: tl.constexpr, W_ROWS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
     FLATTEN: tl.constexpr,
@@ -69,11 +75,11 @@ def moe_gemm(
     COLS: tl.constexpr = BN // 2 if GATED else BN
     blocks = tl.cdiv(columns, COLS) * SPLIT
     if OVERLAP:
-        intrinsics.launch_dependents()
+        launch_dependents()
         if (not FIRST and SLOTS > 0) and W_ROWS:
             _prefetch(w, ids, rows, columns, inner, experts, span, w_expert, w_column, blocks, BN, SPLIT)
         if not FIRST or SLOTS == 0:
-            intrinsics.wait()
+            wait()
     count = rows if SLOTS > 0 else tl.load(tiles)
     steps = tl.cdiv(span, BK)
     for unit in tl.range(tl.program_id(0), count * blocks, tl.num_programs(0), flatten=FLATTEN):
@@ -163,15 +169,15 @@ def moe_gemm(
             if BIAS:
                 g += tl.load(bias + e * bias_expert + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
                 u += tl.load(bias + e * bias_expert + columns + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
-            y = ACTIVATION(g, u)
+            y = activation(g, u)
         elif LAYOUT == "halves":
             g, u = tl.split(tl.permute(tl.reshape(acc, (BM, 2, COLS)), (0, 2, 1)))
-            y = ACTIVATION(g, u)
+            y = activation(g, u)
         elif LAYOUT == "interleaved":
             g, u = tl.split(tl.reshape(acc, (BM, COLS, 2)))
-            y = ACTIVATION(g, u)
+            y = activation(g, u)
         elif FIRST:
-            y = ACTIVATION(acc, acc)
+            y = activation(acc, acc)
         else:
             y = acc
         if not FIRST:
@@ -228,7 +234,7 @@ def moe_combine(
 ):
     """out[t] = sum over the SPLIT * TOP_K parts y[s, t, j], always in the same order."""
     if OVERLAP:
-        intrinsics.wait()
+        wait()
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     total = tl.zeros((BH,), tl.float32)

@@ -6,7 +6,6 @@ For few rows there is no sort, and for k = 1 the second product writes the resul
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from braze.kernels.spec import MoeSpec
 from braze.kernels.triton import activation, compat
 from braze.kernels.triton.choose_config import Config, Problem, Tile, choose_config
+from braze.kernels.triton.compat import Start
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_EXPERTS = 2046
@@ -79,7 +79,7 @@ def run(
     reason = supports(x, ids, weights, w1, w2, b1, b2, spec)
     if reason is not None:
         raise ValueError(f"moe: {reason}")
-    return launch(x, ids, weights, w1, w2, b1, b2, spec, config)
+    return launch(x, ids, weights, w1, w2, b1, b2, spec, config, overlap=compat.overlaps_launches(x.device))
 
 
 def problem(x: Tensor, ids: Tensor, w1: Tensor, w2: Tensor, spec: MoeSpec) -> Problem:
@@ -122,7 +122,6 @@ class Product:
     layout: str
     scale: float
     tile: Tile
-    overlap: bool
 
 
 def launch(
@@ -135,8 +134,11 @@ def launch(
     b2: Tensor | None,
     spec: MoeSpec,
     config: Config | None = None,
+    *,
+    start: Start = compat.start,
+    overlap: bool = False,
 ) -> Tensor:
-    """`run` without its checks, on whatever device Triton or its interpreter runs on."""
+    """`run` without its checks, by whatever starts kernels; overlap: launches of the call may overlap."""
     tokens, k = ids.shape
     rows, hidden = tokens * k, x.shape[1]
     dtype = spec.out_dtype or x.dtype
@@ -147,39 +149,34 @@ def launch(
     up = w1.transpose(1, 2) if spec.transposed else w1
     down = w2.transpose(1, 2) if spec.transposed else w2
     ids, weights = ids.contiguous(), weights.contiguous()
-    overlap = compat.overlaps_launches(x.device)
-    found = prepare(ids, w1.shape[0], config, overlap)
+    found = prepare(ids, w1.shape[0], config, start, overlap)
 
     h = x.new_empty(1, rows, down.shape[2])
     on_input = spec.weight_on == "input"
-    _product(
-        Product(x, up, b1, h, True, on_input, spec.layout, 1.0, config.first, overlap), found, weights, spec, config
-    )
+    first = Product(x, up, b1, h, True, on_input, spec.layout, 1.0, config.first)
+    h = _product(first, found, weights, spec, config, start, overlap)
     split = config.second.split
-    out = torch.empty(tokens, hidden, dtype=dtype, device=x.device)
     alone = k == 1 and split == 1
     # Partial sums are kept in float32; whole results of an expert are rounded as the result is.
-    y = out[None] if alone else torch.empty(
-        split, rows, hidden, dtype=torch.float32 if split > 1 else dtype, device=x.device
-    )  # fmt: skip
-    second = Product(h[0], down, b2, y, False, not on_input, "none", spec.scale, config.second, overlap)
-    _product(second, found, weights, spec, config)
-    if not alone:
-        _combine(y, out, k, overlap)
-    return out
+    y = x.new_empty(split, rows, hidden, dtype=torch.float32 if split > 1 else dtype)
+    second = Product(h[0], down, b2, y, False, not on_input, "none", spec.scale, config.second)
+    y = _product(second, found, weights, spec, config, start, overlap)
+    return y[0] if alone else _combine(y, x.new_empty(tokens, hidden, dtype=dtype), k, start, overlap)
 
 
-def prepare(ids: Tensor, experts: int, config: Config, overlap: bool) -> Rows:
+def prepare(ids: Tensor, experts: int, config: Config, start: Start, overlap: bool) -> Rows:
     """Tiles of rows for a call: the ids as they are where rows are few, otherwise sorted."""
     from braze.kernels.triton.align import align
 
     if config.direct and ids.numel() <= MAX_DIRECT_ROWS:
         return Rows(ids, ids, ids, 0, True)
-    found = align(ids, experts, config.rows, overlap)
+    found = align(ids, experts, config.rows, start, overlap)
     return Rows(ids, found.order, found.tiles, found.limit, False)
 
 
-def _product(p: Product, found: Rows, weights: Tensor, spec: MoeSpec, config: Config) -> None:
+def _product(
+    p: Product, found: Rows, weights: Tensor, spec: MoeSpec, config: Config, start: Start, overlap: bool
+) -> Tensor:
     import triton
 
     from braze.kernels.triton.gemm import moe_gemm
@@ -196,35 +193,54 @@ def _product(p: Product, found: Rows, weights: Tensor, spec: MoeSpec, config: Co
     stored, box = _stored(p, cols, w_rows)
     w_desc = tile.descriptors and compat.takes_descriptor(stored)
     a_desc = tile.descriptors and not p.first and not found.direct and compat.takes_descriptor(p.a)
-    options: dict[str, Any] = {"launch_pdl": True} if p.overlap and not (p.first and found.direct) else {}
     grid = min(units, tile.programs * compat.processors(p.a.device)) if tile.programs else units
-    moe_gemm[(grid,)](
+    arguments = (
         p.a, p.w, p.bias if p.bias is not None else p.w, weights, p.out, found.ids, found.order, found.tiles,
-        compat.descriptor(p.a, [config.rows, tile.inner]) if a_desc else None,
-        compat.descriptor(stored, box) if w_desc else None,
+        compat.Box(p.a, (config.rows, tile.inner)) if a_desc else p.a,
+        compat.Box(stored, box) if w_desc else p.w,
         rows, columns, inner, experts, found.limit, span, p.scale,
         p.a.stride(0), p.w.stride(0), p.w.stride(1), p.w.stride(2),
         p.bias.stride(0) if p.bias is not None else 0, p.out.stride(1), p.out.stride(0),
-        TOP_K=found.ids.shape[1], BM=config.rows, BN=tile.columns, BK=tile.inner, GROUP=tile.group, SPLIT=split,
-        SLOTS=triton.next_power_of_2(rows) if found.direct else 0, LAYOUT=p.layout,
-        ACTIVATION=activation.function(spec.activation) if p.first else None,
-        FIRST=p.first, BIAS=p.bias is not None, WEIGHT=p.weighted,
-        EVEN_N=columns % cols == 0, EVEN_K=inner % (tile.inner * split) == 0, A_DESC=a_desc, W_DESC=w_desc, W_ROWS=w_rows,
-        PRECISION=compat.dot_precision(p.a), OVERLAP=p.overlap, FLATTEN=tile.programs > 0,
-        num_warps=tile.warps, num_stages=tile.stages, **options,
     )  # fmt: skip
+    constants = {
+        "TOP_K": found.ids.shape[1],
+        "BM": config.rows,
+        "BN": tile.columns,
+        "BK": tile.inner,
+        "GROUP": tile.group,
+        "SPLIT": split,
+        "SLOTS": triton.next_power_of_2(rows) if found.direct else 0,
+        "LAYOUT": p.layout,
+        "FIRST": p.first,
+        "BIAS": p.bias is not None,
+        "WEIGHT": p.weighted,
+        "EVEN_N": columns % cols == 0,
+        "EVEN_K": inner % (tile.inner * split) == 0,
+        "A_DESC": a_desc,
+        "W_DESC": w_desc,
+        "W_ROWS": w_rows,
+        "PRECISION": compat.dot_precision(p.a),
+        "OVERLAP": overlap,
+        "FLATTEN": tile.programs > 0,
+    }
+    kernel = activation.bind(moe_gemm, spec.activation) if p.first else moe_gemm
+    overlap = overlap and not (p.first and found.direct)
+    (out,) = start(
+        kernel, (grid,), arguments, constants, ["out"], warps=tile.warps, stages=tile.stages, overlap=overlap
+    )
+    return out
 
 
-def _stored(p: Product, cols: int, w_rows: bool) -> tuple[Tensor, list[int]]:
+def _stored(p: Product, cols: int, w_rows: bool) -> tuple[Tensor, tuple[int, ...]]:
     """The weight as a descriptor sees it, last stride 1, and the box of one load; gate and up in one where they can be."""
     if not w_rows:
-        return p.w.transpose(1, 2), [1, p.tile.inner, cols if p.layout == "halves" else p.tile.columns]
+        return p.w.transpose(1, 2), (1, p.tile.inner, cols if p.layout == "halves" else p.tile.columns)
     if p.layout == "halves":
-        return p.w.unflatten(1, (2, -1)), [1, 2, cols, p.tile.inner]
-    return p.w, [1, p.tile.columns, p.tile.inner]
+        return p.w.unflatten(1, (2, -1)), (1, 2, cols, p.tile.inner)
+    return p.w, (1, p.tile.columns, p.tile.inner)
 
 
-def _combine(y: Tensor, out: Tensor, top_k: int, overlap: bool) -> None:
+def _combine(y: Tensor, out: Tensor, top_k: int, start: Start, overlap: bool) -> Tensor:
     import triton
 
     from braze.kernels.triton.gemm import moe_combine
@@ -232,8 +248,15 @@ def _combine(y: Tensor, out: Tensor, top_k: int, overlap: bool) -> None:
     split, _, hidden = y.shape
     tokens = out.shape[0]
     block = 256 if tokens < 16 else min(1024, triton.next_power_of_2(hidden))
-    options: dict[str, Any] = {"launch_pdl": True} if overlap else {}
-    moe_combine[(tokens, triton.cdiv(hidden, block))](
-        y, out, hidden, y.stride(0),
-        TOP_K=top_k, SPLIT=split, BH=block, OVERLAP=overlap, num_warps=max(1, block // 256), **options,
-    )  # fmt: skip
+    constants = {"TOP_K": top_k, "SPLIT": split, "BH": block, "OVERLAP": overlap}
+    grid = (tokens, triton.cdiv(hidden, block))
+    (out,) = start(
+        moe_combine,
+        grid,
+        (y, out, hidden, y.stride(0)),
+        constants,
+        ["out"],
+        warps=max(1, block // 256),
+        overlap=overlap,
+    )
+    return out

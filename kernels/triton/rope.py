@@ -4,7 +4,6 @@ A program owns one token and a block of its heads: the tables are one row that i
 RMSNorm over the head before the rotation costs no more memory traffic, since the tile holds whole heads.
 """
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor
 
 from braze.kernels.spec import RopeSpec
+from braze.kernels.triton import compat
+from braze.kernels.triton.compat import HAVE_TRITON, Start
 
-HAVE_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_SIZE = 512
 TILE = 4096  # elements of one program's heads
@@ -190,8 +190,13 @@ def run(
     reason = supports(q, k, cos, sin, spec, norm, in_place)
     if reason is not None:
         raise ValueError(f"rope: {reason}")
-    best = (XPU_TILE, XPU_WARPS) if q.device.type == "xpu" else (TILE, WARPS)
+    best = tiling(q)
     return launch(q, k, cos, sin, spec, norm, in_place, tile or best[0], warps or best[1])
+
+
+def tiling(q: Tensor) -> tuple[int, int]:
+    """(elements of a program's heads, warps) for q's device."""
+    return (XPU_TILE, XPU_WARPS) if q.device.type == "xpu" else (TILE, WARPS)
 
 
 def launch(
@@ -204,8 +209,9 @@ def launch(
     in_place: bool,
     tile: int,
     warps: int,
+    start: Start = compat.start,
 ) -> tuple[Tensor, Tensor | None]:
-    """`run` without its checks, on whatever device Triton or its interpreter runs on."""
+    """`run` without its checks, by whatever starts kernels."""
     dtype = spec.out_dtype or q.dtype
     q_out = q if in_place else torch.empty_like(q, dtype=dtype)
     k_out = k if in_place or k is None else torch.empty_like(k, dtype=dtype)
@@ -224,18 +230,32 @@ def launch(
     other, other_out = (q, q_out) if k is None or k_out is None else (k, k_out)
     q_weight = norm.q_weight if weight and norm is not None else cos
     k_weight = norm.k_weight if weight and norm is not None and norm.k_weight is not None else q_weight
-    rope_kernel[(batch * tokens, blocks)](
+    arguments = (
         q, other, q_out, other_out, cos, sin, q_weight, k_weight, tokens,
         *_strides(q), *_strides(other), *_strides(q_out), *_strides(other_out),
         _batch_stride(cos), cos.stride(1), _batch_stride(sin), sin.stride(1), q_heads, k_heads, norm.eps if norm else 0.0,
-        SIZE=size, START=spec.start, HALF=spec.rotary_dim // 2, PAIRS=pairs, REST=triton.next_power_of_2(max(1, rest)),
-        Q_HEADS=q_block, K_HEADS=k_block, Q_BLOCKS=q_blocks,
-        IN=spec.layout_in == "interleaved", OUT=spec.layout_out == "interleaved", WIDE=cos.shape[-1] == spec.rotary_dim,
-        INVERSE=spec.inverse, COPY=rest > 0 and (not in_place or norm is not None),
-        NORM=norm is not None, WEIGHT=weight, ONE=1.0 if norm is not None and norm.add_one else 0.0,
-        num_warps=warps,
     )  # fmt: skip
-    return q_out, k_out
+    constants = {
+        "SIZE": size,
+        "START": spec.start,
+        "HALF": spec.rotary_dim // 2,
+        "PAIRS": pairs,
+        "REST": triton.next_power_of_2(max(1, rest)),
+        "Q_HEADS": q_block,
+        "K_HEADS": k_block,
+        "Q_BLOCKS": q_blocks,
+        "IN": spec.layout_in == "interleaved",
+        "OUT": spec.layout_out == "interleaved",
+        "WIDE": cos.shape[-1] == spec.rotary_dim,
+        "INVERSE": spec.inverse,
+        "COPY": rest > 0 and (not in_place or norm is not None),
+        "NORM": norm is not None,
+        "WEIGHT": weight,
+        "ONE": 1.0 if norm is not None and norm.add_one else 0.0,
+    }
+    written = ["q_out"] if k is None else ["q_out", "k_out"]
+    results = start(rope_kernel, (batch * tokens, blocks), arguments, constants, written, warps=warps)
+    return results[0], results[1] if k is not None else None
 
 
 def _strides(x: Tensor) -> tuple[Any, Any, Any]:
