@@ -1,7 +1,7 @@
 """The semantic ops: what a find is rewritten to, before any kernel is chosen.
 
-`braze::moe`, `braze::rope` and `braze::grouped_mm` are functional; each has a fake kernel (shapes), a reference in
-float32 (braze.kernels.reference) and a decomposition into ATen ops, which is also how they run when called eagerly.
+`braze::moe`, `braze::rope`, `braze::route` and `braze::grouped_mm` are functional; each has a fake kernel (shapes), a
+reference in float32 (braze.kernels.reference) and a decomposition into ATen ops, which is also how they run eagerly.
 """
 
 from functools import lru_cache
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from braze.kernels import aten
 from braze.kernels.cpp import moe as cpp_moe
-from braze.kernels.spec import MoeSpec, RopeSpec
+from braze.kernels.spec import MoeSpec, RopeSpec, RouteSpec
 from braze.kernels.triton import moe as triton_moe
 
 MOE_SCHEMA = (
@@ -24,10 +24,16 @@ ROPE_SCHEMA = (
     "(Tensor x, Tensor cos, Tensor sin, *, int rotary_dim, int start=0, str layout_in='half', "
     "str layout_out='half', bool inverse=False, ScalarType? out_dtype=None) -> Tensor"
 )
+ROUTE_SCHEMA = (
+    "(Tensor logits, Tensor? bias=None, *, int top_k, str scoring='softmax', str select_on='logits', int groups=1, "
+    "int top_groups=1, str group_score='max', str closed='out', str renorm='no', float eps=0.0, float scale=1.0, "
+    "int shared=0, ScalarType? out_dtype=None, ScalarType ids_dtype=long) -> (Tensor weights, Tensor ids)"
+)
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 torch.library.define("braze::moe", MOE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::rope", ROPE_SCHEMA, tags=_TAGS)
+torch.library.define("braze::route", ROUTE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::grouped_mm", "(Tensor x, Tensor w, Tensor offs) -> Tensor", tags=_TAGS)
 
 
@@ -76,6 +82,21 @@ def check_rope(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec) -> None:
         torch.broadcast_shapes(table.shape[:-1], x.shape[:-1])
 
 
+def check_route(logits: Tensor, bias: Tensor | None, spec: RouteSpec) -> None:
+    """RuntimeError where the tensors do not fit together; shapes as in `braze.kernels.reference.route`."""
+    experts = logits.shape[-1] - spec.shared
+    torch._check(logits.is_floating_point(), lambda: f"route: logits must be floating, not {logits.dtype}")
+    torch._check(
+        bias is None or bias.numel() == experts,
+        lambda: f"route: a bias of {bias.shape} for {experts} experts",  # type: ignore[union-attr]
+    )
+    torch._check(experts % spec.groups == 0, lambda: f"route: {experts} experts in {spec.groups} groups")
+    size = experts // spec.groups
+    torch._check(spec.group_score == "max" or size > 1, lambda: f"route: the sum of the top 2 of {size}")
+    open_ = experts if spec.closed == "zero" else size * spec.top_groups
+    torch._check(spec.top_k <= open_, lambda: f"route: {spec.top_k} of {open_} experts")
+
+
 @torch.library.register_fake("braze::moe")
 def _moe_fake(
     x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w2: Tensor,
@@ -117,6 +138,22 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor, **attributes: Any) -> Tensor:
     spec = RopeSpec(**attributes)
     check_rope(x, cos, sin, spec)
     return aten.rope(x, cos, sin, spec)
+
+
+@torch.library.register_fake("braze::route")
+def _route_fake(logits: Tensor, bias: Tensor | None = None, **attributes: Any) -> tuple[Tensor, Tensor]:
+    spec = RouteSpec(**attributes)
+    check_route(logits, bias, spec)
+    lead = logits.shape[:-1]
+    weights = logits.new_empty((*lead, spec.top_k + spec.shared), dtype=spec.out_dtype or logits.dtype)
+    return weights, logits.new_empty((*lead, spec.top_k), dtype=spec.ids_dtype)
+
+
+@torch.library.impl("braze::route", "CompositeExplicitAutograd")
+def _route(logits: Tensor, bias: Tensor | None = None, **attributes: Any) -> tuple[Tensor, Tensor]:
+    spec = RouteSpec(**attributes)
+    check_route(logits, bias, spec)
+    return aten.route(logits, bias, spec)
 
 
 @torch.library.register_fake("braze::grouped_mm")

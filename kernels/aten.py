@@ -4,12 +4,14 @@ Experts: sort the T*k (token, slot) rows by expert, so that each expert's rows a
 with the activation between; undo the sort by its inverse permutation and add up each token's k rows.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from braze.kernels import reference
 from braze.kernels.expression import apply_torch
-from braze.kernels.spec import MoeSpec
+from braze.kernels.spec import MoeSpec, RouteSpec
 
 rope = reference.rope  # the reference is already one fusible pass: slices, products, cat
 
@@ -73,3 +75,20 @@ def grouped_mm_eager(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
             torch.mm(x[begin:end], w[e], out=out[begin:end])
         begin = end
     return out
+
+
+def route(logits: Tensor, bias: Tensor | None, spec: RouteSpec) -> tuple[Tensor, Tensor]:
+    """As `braze.kernels.reference.route`. Where the largest logits are chosen, only their scores are computed."""
+    if bias is not None or spec.groups > 1 or spec.shared:
+        return reference.route(logits, bias, spec)
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    values, ids = logits.topk(spec.top_k)
+    values = values.to(acc)
+    if spec.scoring != "softmax":
+        weights = reference.normalised(reference.scores(values, spec.scoring), spec)
+    elif spec.renorm == "add" and spec.eps == 0.0:  # the sum over all experts cancels
+        weights = reference.normalised(values.softmax(-1), replace(spec, renorm="no"))
+    else:
+        total = logits.to(acc).logsumexp(-1, keepdim=True)
+        weights = reference.normalised((values - total).exp(), spec)
+    return weights.to(spec.out_dtype or logits.dtype), ids.to(spec.ids_dtype)

@@ -1,13 +1,13 @@
-"""The meaning of `braze::moe` and `braze::rope` in plain PyTorch: what every kernel is compared with.
+"""The meaning of `braze::moe`, `braze::rope` and `braze::route` in plain PyTorch: what every kernel is compared with.
 
-Computed in float32, or in float64 where x is float64, and rounded once at the end. Clarity before speed.
+Computed in float32, or in float64 where the input is float64, and rounded once at the end. Clarity before speed.
 """
 
 import torch
 from torch import Tensor
 
 from braze.kernels.expression import apply_torch
-from braze.kernels.spec import MoeSpec, PairLayout, RopeSpec
+from braze.kernels.spec import MoeSpec, PairLayout, RopeSpec, RouteSpec
 
 
 def split_gate_up(h: Tensor, layout: str) -> tuple[Tensor, Tensor | None]:
@@ -77,3 +77,43 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec) -> Tensor:
     rotated = _join(a * ca - b * sa, b * cb + a * sb, spec.layout_out).to(spec.out_dtype or x.dtype)
     parts = (x[..., : spec.start].to(rotated.dtype), rotated, x[..., end:].to(rotated.dtype))
     return torch.cat([p for p in parts if p.shape[-1]], -1)
+
+
+def scores(x: Tensor, scoring: str) -> Tensor:
+    """The router's scores of logits x [..., E], in x's dtype."""
+    if scoring == "softmax":
+        return x.softmax(-1)
+    return x.sigmoid() if scoring == "sigmoid" else torch.nn.functional.softplus(x).sqrt()
+
+
+def route(logits: Tensor, bias: Tensor | None, spec: RouteSpec) -> tuple[Tensor, Tensor]:
+    """logits [..., E + shared], bias of E elements -> weights [..., k + shared], ids [..., k], the best choice first.
+
+    The bias decides which experts are chosen and is no part of the weights. Equal choices come in torch.topk's order,
+    which it does not specify. Where closed groups are out, k experts must be open.
+    """
+    x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    x, always = x[..., : x.shape[-1] - spec.shared], x[..., x.shape[-1] - spec.shared :]
+    score = scores(x, spec.scoring)
+    choice = x if spec.select_on == "logits" else score
+    if bias is not None:
+        choice = choice + bias.reshape(-1).to(x.dtype)
+    if spec.groups > 1:
+        grouped = choice.unflatten(-1, (spec.groups, -1))
+        rank = grouped.amax(-1) if spec.group_score == "max" else grouped.topk(2).values.sum(-1)
+        kept = torch.zeros_like(rank, dtype=torch.bool).scatter(-1, rank.topk(spec.top_groups).indices, True)
+        choice = torch.where(kept[..., None], grouped, float("-inf") if spec.closed == "out" else 0.0).flatten(-2)
+    ids = choice.topk(spec.top_k).indices
+    weights = score.gather(-1, ids)
+    if spec.shared:
+        weights = torch.cat((weights, scores(always, spec.scoring)), -1)
+    weights = normalised(weights, spec)
+    return weights.to(spec.out_dtype or logits.dtype), ids.to(spec.ids_dtype)
+
+
+def normalised(weights: Tensor, spec: RouteSpec) -> Tensor:
+    """A token's scores [..., k + shared] -> its weights, unrounded."""
+    if spec.renorm != "no":
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / (total + spec.eps if spec.renorm == "add" else total.clamp(min=spec.eps))
+    return weights if spec.scale == 1.0 else weights * spec.scale

@@ -1,6 +1,7 @@
-"""The order of the passes over one graph: experts, then rotations; find, prove, rewrite; nothing half done.
+"""The order of the passes over one graph: experts, their routers, rotations; find, prove, rewrite; nothing half done.
 
-Experts come first since their subgraphs are the larger ones; the two kinds never share a node that is rewritten. A site
+Experts come first since their subgraphs are the larger ones, and a router is found from the experts it feeds; no two sites
+share a node that is rewritten. A site
 that fails its proof or its rewrite leaves the graph as it was, and a near miss.
 """
 
@@ -13,10 +14,10 @@ from typing import Any
 
 from torch import fx
 
-from braze.passes import experts, proof, rope
+from braze.passes import experts, proof, rope, routers
 from braze.passes.elements import Sizes
 from braze.passes.rewrite import clean, rewrite, source_nodes
-from braze.passes.sites import Finding, Kind, MoeSite, NearMiss, RopeSite, Site, source_line
+from braze.passes.sites import Finding, Kind, MoeSite, NearMiss, RopeSite, RouterSite, Site, source_line
 
 log = logging.getLogger("braze")
 
@@ -32,7 +33,11 @@ class Result:
 
 
 Recogniser = Callable[[fx.Graph, Sizes], tuple[Sequence[Site], list[NearMiss]]]
-_RECOGNISERS: tuple[tuple[Kind, Recogniser], ...] = (("moe", experts.find), ("rope", rope.find))
+_RECOGNISERS: tuple[tuple[Kind, Recogniser], ...] = (
+    ("moe", experts.find),
+    ("router", routers.find),
+    ("rope", rope.find),
+)
 
 
 def run(graph: fx.Graph, disable: Collection[Kind] = (), strict: bool = False) -> Result:
@@ -40,16 +45,16 @@ def run(graph: fx.Graph, disable: Collection[Kind] = (), strict: bool = False) -
     leaves its site unfused; with `strict` it is raised."""
     result = Result()
     began = time.perf_counter()
-    sizes = proof.bindings(graph)
+    prove = _Proofs(proof.bindings(graph))
     for kind, find in _RECOGNISERS:
         if kind in disable:
             continue
         sites, misses = _guarded(partial(find, graph, Sizes()), kind, ((), []), strict, result)
         result.near_misses += misses
         for site in sites:
-            fuse = partial(_fuse, site, kind, sizes, result)
+            fuse = partial(_fuse, site, kind, prove, result)
             _guarded(fuse, f"{kind} at {site.root.name}", None, strict, result)
-    clean(graph)
+        clean(graph)  # what fused sites leave behind would look like other uses to the next kind
     result.seconds = time.perf_counter() - began
     return result
 
@@ -66,11 +71,29 @@ def _guarded(work: Callable[[], Any], what: str, otherwise: Any, strict: bool, r
         return otherwise
 
 
-def _fuse(site: Site, kind: Kind, sizes: Sequence[Sizes], result: Result) -> None:
+class _Proofs:
+    """Proves sites under every binding of the sizes; routers that compute the same are proven once."""
+
+    def __init__(self, sizes: Sequence[Sizes]) -> None:
+        self.sizes = sizes
+        self.routers: dict[str, str] = {}
+
+    def __call__(self, site: Site) -> str:
+        """The outcome in words; `proof.Refused` where the site is not what it was taken for."""
+        if isinstance(site, RopeSite):
+            return proof.rope(site, self.sizes)
+        if isinstance(site, MoeSite):
+            return proof.moe(site, self.sizes)
+        if site.signature not in self.routers:
+            self.routers[site.signature] = proof.router(site, self.sizes)
+        return self.routers[site.signature]
+
+
+def _fuse(site: Site, kind: Kind, prove: _Proofs, result: Result) -> None:
     source = source_line(source_nodes(site))
     name = site.root.name
     try:
-        outcome = proof.rope(site, sizes) if isinstance(site, RopeSite) else proof.moe(site, sizes)
+        outcome = prove(site)
     except proof.Refused as e:
         result.near_misses.append(NearMiss(kind, name, "prove", str(e), source))
         return
@@ -86,6 +109,8 @@ def form(site: Site) -> str:
     """A site's normal form in words."""
     if isinstance(site, RopeSite):
         return site.form
+    if isinstance(site, RouterSite):
+        return _router_form(site)
     spec = site.spec
     parts = [
         f"{site.dispatch}, act(g, u) = {spec.activation}"
@@ -104,6 +129,25 @@ def form(site: Site) -> str:
     return ", ".join(parts)
 
 
+def _router_form(site: RouterSite) -> str:
+    spec = site.spec
+    parts = [f"{spec.scoring}, top {spec.top_k}"]
+    if site.bias is not None or spec.groups > 1:
+        parts[0] += f" of the {spec.select_on}{' + bias' if site.bias is not None else ''}"
+    if spec.groups > 1:
+        score = "largest" if spec.group_score == "max" else "sum of the top 2"
+        closed = " (else 0)" if spec.closed == "zero" else ""
+        parts.append(f"in {spec.top_groups} of {spec.groups} groups by their {score}{closed}")
+    if spec.renorm != "no":
+        eps = f" {'+' if spec.renorm == 'add' else 'at least'} {spec.eps:g}" if spec.eps else ""
+        parts.append(f"divided by their sum{eps}")
+    if spec.shared:
+        parts.append(f"with {spec.shared} shared")
+    if spec.scale != 1.0:
+        parts.append(f"scale {spec.scale:g}")
+    return ", ".join(parts)
+
+
 def dims(site: Site) -> dict[str, Any]:
     """A site's sizes: ints, or text for symbolic ones."""
 
@@ -111,7 +155,15 @@ def dims(site: Site) -> dict[str, Any]:
         s = node.meta["val"].shape[d]
         return s if isinstance(s, int) else str(s)
 
-    dtype = str(site.x.meta["val"].dtype).removeprefix("torch.")
+    x = site.logits if isinstance(site, RouterSite) else site.x
+    dtype = str(x.meta["val"].dtype).removeprefix("torch.")
+    if isinstance(site, RouterSite):
+        experts = site.logits.meta["val"].shape[-1] - site.spec.shared
+        tokens: Any = 1
+        for s in site.logits.meta["val"].shape[:-1]:
+            tokens = tokens * s
+        tokens = tokens if isinstance(tokens, int) else str(tokens)
+        return {"tokens": tokens, "top_k": site.spec.top_k, "experts": experts, "dtype": dtype}
     if isinstance(site, MoeSite):
         w1 = site.w1.meta["val"].shape
         hidden, columns = (1, 2) if site.spec.transposed else (2, 1)

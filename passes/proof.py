@@ -1,7 +1,8 @@
 """The identity test that licenses a rewrite: the subgraph and the semantic op agree in float64 on pseudo-random values.
 
 A rotation's elements are evaluated one by one at sampled positions, every element of the last dimension; an expert block is run
-on a small instance of itself (small hidden sizes, an expert with no token). Symbolic sizes get two bindings.
+on a small instance of itself (small hidden sizes, an expert with no token); a router on rows that its constants show at.
+Symbolic sizes get two bindings.
 """
 
 import math
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from braze.kernels import reference
-from braze.passes import element_ops, small  # noqa: F401  (element_ops fills the table that Elements reads)
+from braze.passes import element_ops, probes, small  # noqa: F401  (element_ops fills the table that Elements reads)
 from braze.passes.elements import Elements, Position, Sizes, Unknown
 from braze.passes.numeric import value
-from braze.passes.sites import MoeSite, RopeSite
+from braze.passes.sites import MoeSite, RopeSite, RouterSite
 
 #: Relative difference above which two float64 results are not the same computation.
 TOLERANCE = 1e-9
@@ -98,6 +99,23 @@ def moe(site: MoeSite, sizes: Sequence[Sizes]) -> str:
         cases.append(f"{tokens} x {slots} rows")
         worst = max(worst, difference(got, expected, f"for {cases[-1]}"))
     return f"small instance agrees in float64 ({', '.join(cases)}, worst {worst:.0e})"
+
+
+def router(site: RouterSite, sizes: Sequence[Sizes]) -> str:
+    """The proof's outcome in words; Refused where the site is not what it was taken for."""
+    worst, rows = 0.0, 0
+    for binding in sizes:
+        try:
+            runs = probes.probes(site, [site.spec.eps] if site.spec.eps else [], binding, seed=1)
+        except (small.CannotShrink, Unknown) as e:
+            raise Refused(str(e)) from None
+        for run in runs:
+            worst = max(worst, probes.difference(run, site.spec))
+            rows += run.ids.numel() // run.ids.shape[-1]
+            if worst > probes.TOLERANCE:
+                what = "weights differ" if math.isfinite(worst) else "experts are chosen"
+                raise Refused(f"other {what} for logits {tuple(run.logits.shape)} (relative difference {worst:.1e})")
+    return f"{rows} rows agree in float64 (worst {worst:.0e})"
 
 
 #: Hidden and intermediate sizes of the small instance; different, so that mixing them up shows.

@@ -1,16 +1,19 @@
 """A site becomes one call of its semantic op; what only the site used is gone afterwards."""
 
+import operator
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import fx
 
-from braze.passes.sites import RopeSite, Site
+from braze.passes.sites import RopeSite, RouterSite, Site
 
 
 def rewrite(site: Site) -> fx.Node:
     """Replaces root by the op's call, which keeps its meta data; returns the call. Dead nodes stay until `clean`."""
+    if isinstance(site, RouterSite):
+        return _rewrite_router(site)
     root = site.root
     args: tuple[fx.Node | None, ...]
     target: Any
@@ -22,28 +25,62 @@ def rewrite(site: Site) -> fx.Node:
     kwargs = _attributes(site)
     with root.graph.inserting_before(root):
         call = root.graph.call_function(target, args, kwargs)
-    call.meta = {
-        k: v for k, v in root.meta.items() if k in ("stack_trace", "nn_module_stack", "original_aten", "from_node")
-    }
+    call.meta = _provenance(root)
     value = target(*fx.node.map_arg(args, lambda n: n.meta["val"]), **kwargs)
-    old = root.meta["val"]
-    if tuple(map(str, value.shape)) != tuple(map(str, old.shape)) or value.dtype != old.dtype:
+    try:
+        _check_like(value, root.meta["val"])
+    except ValueError:
         root.graph.erase_node(call)
-        raise ValueError(f"the op gives {value.dtype} {tuple(value.shape)}, the graph {old.dtype} {tuple(old.shape)}")
+        raise
     call.meta["val"] = value
     root.replace_all_uses_with(call)
     return call
 
 
+def _rewrite_router(site: RouterSite) -> fx.Node:
+    """Replaces both results; the call takes the place of the top-k, which comes after the logits and before all users."""
+    graph = site.ids.graph
+    target: Any = torch.ops.braze.route.default
+    args, kwargs = (site.logits, site.bias), _attributes(site)
+    values = target(*fx.node.map_arg(args, lambda n: n.meta["val"]), **kwargs)
+    squeezed = site.ids.meta["val"].ndim < values[1].ndim
+    _check_like(values[0], site.weights.meta["val"])
+    _check_like(values[1].squeeze(-1) if squeezed else values[1], site.ids.meta["val"])
+    with graph.inserting_before(site.ids.args[0]):
+        call = graph.call_function(target, args, kwargs)
+        results = [graph.call_function(operator.getitem, (call, i)) for i in range(2)]
+        for node, value in zip((call, *results), (values, *values), strict=True):
+            node.meta = {**_provenance(site.ids), "val": value}
+        if squeezed:
+            results[1] = graph.call_function(torch.ops.aten.squeeze.dim, (results[1], -1))
+            results[1].meta = {**_provenance(site.ids), "val": values[1].squeeze(-1)}
+    site.weights.replace_all_uses_with(results[0])
+    site.ids.replace_all_uses_with(results[1])
+    return call
+
+
+def _provenance(node: fx.Node) -> dict[str, Any]:
+    """What of a node's meta data tells where in the model it is from."""
+    return {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack", "original_aten", "from_node")}
+
+
+def _check_like(value: torch.Tensor, old: torch.Tensor) -> None:
+    if tuple(map(str, value.shape)) != tuple(map(str, old.shape)) or value.dtype != old.dtype:
+        raise ValueError(f"the op gives {value.dtype} {tuple(value.shape)}, the graph {old.dtype} {tuple(old.shape)}")
+
+
 def _attributes(site: Site) -> dict[str, Any]:
     attributes = asdict(site.spec)
-    if attributes["out_dtype"] == site.x.meta["val"].dtype:
+    source = site.logits if isinstance(site, RouterSite) else site.x
+    if attributes["out_dtype"] == source.meta["val"].dtype:
         attributes["out_dtype"] = None
     return attributes
 
 
 def source_nodes(site: Site) -> list[fx.Node]:
     """The nodes whose stack traces tell where a site is in the model's source, best first."""
+    if isinstance(site, RouterSite):
+        return [site.ids, site.weights, site.logits]
     return [site.root, *site.root.all_input_nodes, site.x]
 
 

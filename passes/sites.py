@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import fx
 
-from braze.kernels.spec import MoeSpec, RopeSpec
+from braze.kernels.spec import MoeSpec, RopeSpec, RouteSpec
 
 Kind = Literal["rope", "moe", "router"]
 KINDS: tuple[Kind, ...] = ("rope", "moe", "router")
@@ -51,7 +51,26 @@ class MoeSite:
     masked: bool = False
 
 
-Site = RopeSite | MoeSite
+@dataclass(frozen=True)
+class RouterSite:
+    """(weights [..., k], ids [..., k]) = braze::route(logits [..., E], bias [E] or none, spec).
+
+    signature: text that two sites share only if they compute the same.
+    """
+
+    weights: fx.Node
+    ids: fx.Node
+    logits: fx.Node
+    bias: fx.Node | None
+    spec: RouteSpec
+    signature: str
+
+    @property
+    def root(self) -> fx.Node:
+        return self.ids
+
+
+Site = RopeSite | MoeSite | RouterSite
 
 
 @dataclass(frozen=True)

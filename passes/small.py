@@ -5,7 +5,7 @@ numbers are rewritten in proportion, matching each view's groups of dimensions b
 rewritten is refused, never guessed: a wrong guess would show as a shape error or a failed comparison.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ class CannotShrink(Exception):
     """Why a subgraph cannot be run on a small instance."""
 
 
-def between(root: fx.Node, inputs: Sequence[fx.Node]) -> list[fx.Node]:
-    """The nodes needed to compute root from `inputs`, in order; other inputs' nodes are included as they are reached."""
+def between(roots: Sequence[fx.Node], inputs: Collection[fx.Node]) -> list[fx.Node]:
+    """The nodes needed to compute `roots` from `inputs`, in order; other inputs' nodes are included as they are reached."""
     needed: set[fx.Node] = set()
-    stack = [root]
+    stack = list(roots)
     while stack:
         node = stack.pop()
         if node in needed or node in inputs:
@@ -38,17 +38,20 @@ def between(root: fx.Node, inputs: Sequence[fx.Node]) -> list[fx.Node]:
 
 def run(root: fx.Node, inputs: dict[fx.Node, Tensor], sizes: Sizes) -> Tensor:
     """The value of `root` for the given inputs, all floating tensors in float64; CannotShrink where it has none."""
+    return run_all((root,), inputs, sizes)[0]
+
+
+def run_all(roots: Sequence[fx.Node], inputs: dict[fx.Node, Tensor], sizes: Sizes) -> list[Tensor]:
+    """The values of `roots`, as `run`."""
     values: dict[fx.Node, Any] = dict(inputs)
-    for node in between(root, list(inputs)):
+    for node in between(roots, inputs):
         if node.op != "call_function":
             if isinstance(node.meta.get("val"), torch.SymInt | int):
                 values[node] = sizes.of(node)
                 continue
             raise CannotShrink(f"it also depends on {node.name}")
         values[node] = _run_node(node, values, sizes)
-    result = values[root]
-    assert isinstance(result, Tensor)
-    return result
+    return [values[root] for root in roots]
 
 
 def _run_node(node: fx.Node, values: dict[fx.Node, Any], sizes: Sizes) -> Any:

@@ -1,0 +1,315 @@
+"""Finds routers behind expert blocks, by what they compute: (weights, ids) = F(logits, bias), whatever F is spelled like.
+
+Anchored at a `braze::moe`, a router is what lies between its ids' top-k, its weights and the logits. F is run on float64
+probes and compared with `braze::route`: first whom it chooses, then with which weights; sizes, counts and small
+constants are read from the graph, the scale is measured. Monotone scorings, spelled-out softmaxes and casts need no names.
+"""
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, fx
+
+from braze.kernels import reference
+from braze.kernels.spec import RouteSpec, Scoring
+from braze.passes import small
+from braze.passes.elements import Sizes, Unknown
+from braze.passes.probes import Probe, agree, probes
+from braze.passes.products import is_product
+from braze.passes.sites import NearMiss, RouterSite, source_line
+
+aten = torch.ops.aten
+_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.baddbmm.default, aten.linear.default)
+_TOP_K = (aten.topk.default, aten.max.dim)
+#: More nodes than this between logits and ids are no router.
+MAX_NODES = 256
+MAX_WEIGHTS = 8
+
+
+class NoRouter(Exception):
+    """Why an expert block's ids and weights are no router's."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A router's results and where it begins; inner: the nodes between, in order."""
+
+    weights: fx.Node
+    ids: fx.Node
+    logits: fx.Node
+    bias: fx.Node | None
+    inner: tuple[fx.Node, ...]
+
+
+def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[RouterSite], list[NearMiss]]:
+    """Every router of the graph's `braze::moe` calls, and for each call without one, the reason."""
+    sites: dict[tuple[fx.Node, fx.Node], RouterSite] = {}
+    misses: list[NearMiss] = []
+    known: dict[str, RouteSpec | NoRouter] = {}
+    for call in graph.find_nodes(op="call_function", target=torch.ops.braze.moe.default):
+        ids, weights = call.args[1:3]
+        if "placeholder" in (ids.op, weights.op):
+            continue  # routed by the caller
+        try:
+            if (ids, weights) not in sites:
+                sites[ids, weights] = _site(ids, weights, sizes, known)
+        except (NoRouter, Unknown, small.CannotShrink) as e:
+            misses.append(NearMiss("router", call.name, "find", str(e), source_line([ids, weights, call])))
+    return list(sites.values()), misses
+
+
+def _site(ids: fx.Node, weights: fx.Node, sizes: Sizes, known: dict[str, RouteSpec | NoRouter]) -> RouterSite:
+    chosen = _chosen(ids)
+    reason = NoRouter(f"the weights {weights.name} do not come from the scores that chose the experts")
+    for result in _weight_nodes(weights, chosen, sizes):
+        for logits in _logits(result, chosen, sizes):
+            try:
+                cut = _cut(result, chosen, logits, sizes)
+                key = _signature(cut)
+                if key not in known:
+                    known[key] = _identified(cut, sizes)
+                spec = known[key]
+                if isinstance(spec, NoRouter):
+                    raise spec
+            except (NoRouter, small.CannotShrink) as e:
+                reason = max(reason, _as_reason(e), key=_progress)
+                continue
+            return RouterSite(result, chosen, logits, cut.bias, spec, key)
+    raise reason
+
+
+class _Unlike(NoRouter):
+    """A reason found by running: it says more than that something has not the shape of a router."""
+
+
+def _as_reason(e: Exception) -> NoRouter:
+    return e if isinstance(e, NoRouter) else NoRouter(str(e))
+
+
+def _progress(reason: NoRouter) -> int:
+    return isinstance(reason, _Unlike)
+
+
+# ---------------------------------------------------------------------------------------------- where it lies
+
+
+def _chosen(ids: fx.Node) -> fx.Node:
+    """The top-k's indices behind the ids, through whatever is done to them since."""
+    node = ids
+    for _ in range(MAX_NODES):
+        source = node.args[0] if node.args else None
+        if node.target is operator.getitem and isinstance(source, fx.Node) and source.target in _TOP_K:
+            return node
+        behind = [n for n in node.all_input_nodes if _is_index(n)]
+        if node.op != "call_function" or len(behind) != 1 or node.target is aten.index.Tensor:
+            break
+        node = behind[0]
+    raise NoRouter(f"the experts' ids {ids.name} come from {node.name}, no top-k")
+
+
+def _is_index(node: fx.Node) -> bool:
+    """Whether a node holds indices that are not the same everywhere."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.ndim > 0 and not value.is_floating_point() and value.dtype != torch.bool
+
+
+def _weight_nodes(weights: fx.Node, ids: fx.Node, sizes: Sizes) -> Iterator[fx.Node]:
+    """What may be a router's weights: the block's own, then those that they are made of (a cast, a scale an expert)."""
+    rows = _rows(ids, sizes)
+    queue, seen = [weights], {weights}
+    while queue and len(seen) <= MAX_WEIGHTS:
+        node = queue.pop(0)
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, Tensor):
+            continue
+        if value.is_floating_point() and value.ndim and _rows_of(node, sizes) == rows and not _is_product(node):
+            yield node
+        new = [n for n in node.all_input_nodes if n not in seen and n is not ids]
+        seen.update(new)
+        queue += new
+
+
+def _rows(ids: fx.Node, sizes: Sizes) -> int:
+    """How many tokens the ids are of."""
+    shape = sizes.shape(ids)
+    count = 1
+    for s in shape if _squeezed(ids) else shape[:-1]:
+        count *= s
+    return count
+
+
+def _rows_of(node: fx.Node, sizes: Sizes) -> int:
+    count = 1
+    for s in sizes.shape(node)[:-1]:
+        count *= s
+    return count
+
+
+def _squeezed(ids: fx.Node) -> bool:
+    """Whether the ids are those of a largest element without a dimension for it."""
+    top = ids.args[0]
+    assert isinstance(top, fx.Node)
+    return top.target is aten.max.dim and not (len(top.args) > 2 and top.args[2])
+
+
+def _is_product(node: fx.Node) -> bool:
+    return is_product(node) or node.target in _PRODUCTS
+
+
+def _logits(weights: fx.Node, ids: fx.Node, sizes: Sizes) -> list[fx.Node]:
+    """What may be the logits: matrices of one row a token and a column an expert, the earliest first."""
+    top = ids.args[0]
+    assert isinstance(top, fx.Node)
+    experts = _width(top.args[0], sizes)
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    queue = [weights, top]
+    while queue and len(seen) <= MAX_NODES:
+        node = queue.pop()
+        if node in seen or not isinstance(node.meta.get("val"), Tensor | tuple | list):
+            continue
+        seen.add(node)
+        if isinstance(value := node.meta["val"], Tensor) and value.is_floating_point() and value.ndim > 1:
+            like_ids = sizes.shape(node)[:-1] == (sizes.shape(ids) if _squeezed(ids) else sizes.shape(ids)[:-1])
+            if like_ids and _width(node, sizes) >= experts:
+                found.add(node)
+        if not _is_product(node):
+            queue += node.all_input_nodes
+    return sorted(found)
+
+
+def _width(node: Any, sizes: Sizes) -> int:
+    return sizes.shape(node)[-1]
+
+
+def _cut(weights: fx.Node, ids: fx.Node, logits: fx.Node, sizes: Sizes) -> Cut:
+    """What lies between, where it depends on nothing but the logits and at most one bias an expert."""
+    top = ids.args[0]
+    assert isinstance(top, fx.Node)
+    experts = _width(top.args[0], sizes)
+    inner = small.between((weights, ids), (logits,))
+    if len(inner) > MAX_NODES:
+        raise NoRouter(f"{len(inner)} nodes lie between {logits.name} and the experts' ids")
+    biases = []
+    for node in inner:
+        value = node.meta.get("val")
+        if node.op == "call_function" or not isinstance(value, Tensor):
+            continue
+        if not value.is_floating_point() or value.numel() != experts:
+            raise NoRouter(f"the choice of experts also depends on {node.name}")
+        biases.append(node)
+    if len(biases) > 1:
+        raise NoRouter(f"the choice of experts depends on both {biases[0].name} and {biases[1].name}")
+    body = tuple(n for n in inner if n not in biases)
+    if not any(logits in n.all_input_nodes for n in body):
+        raise NoRouter(f"the ids do not depend on {logits.name}")
+    _check_private(body, (weights, ids))
+    return Cut(weights, ids, logits, biases[0] if biases else None, body)
+
+
+def _check_private(inner: tuple[fx.Node, ...], results: tuple[fx.Node, fx.Node]) -> None:
+    """Scores may have other uses and stay for them; a top-k that has would be computed twice."""
+    after: set[fx.Node] = set()
+    for node in inner:
+        if node.target in _TOP_K or any(n in after for n in node.all_input_nodes):
+            after.add(node)
+        for user in node.users if node in after and node not in results else ():
+            if user not in inner:
+                raise NoRouter(f"{node.name}, which the top-k leads to, is also used by {user.name}")
+
+
+def _signature(cut: Cut) -> str:
+    """Text that two cuts share only if they compute the same: targets, arguments, shapes and dtypes, nodes numbered."""
+    number = {cut.logits: "logits", cut.bias: "bias"}
+    lines = [f"{number[n]} {_type(n)}" for n in (cut.logits, cut.bias) if n is not None]
+    for i, node in enumerate(cut.inner):
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _Name(number[n]))
+        lines.append(f"{node.target} {args} {kwargs} {_type(node)}")
+        number[node] = str(i)
+    return "\n".join([*lines, number[cut.weights], number[cut.ids]])
+
+
+class _Name(str):
+    __slots__ = ()
+
+
+def _type(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else str(value)
+
+
+# --------------------------------------------------------------------------------------------- what it computes
+
+
+def _identified(cut: Cut, sizes: Sizes) -> RouteSpec | NoRouter:
+    """The attributes with which `braze::route` gives what the cut gives; or why there are none."""
+    try:
+        runs = probes(cut, _epsilons(cut), sizes, seed=0)
+    except small.CannotShrink as e:
+        return NoRouter(str(e))
+    top_k = runs[0].ids.shape[-1]
+    shared = runs[0].logits.shape[-1] - _width(cut.ids.args[0].args[0], sizes)  # type: ignore[union-attr]
+    if runs[0].weights.shape[-1] != top_k + shared:
+        return NoRouter(f"{runs[0].weights.shape[-1]} weights a token for {top_k} experts and {shared} shared ones")
+    choosers = [s for s in _choosers(cut, top_k, shared, sizes) if agree(runs, s, ids_only=True)]
+    if not choosers:
+        return _Unlike(f"no scoring, bias or group limit that is known chooses experts as {cut.ids.name} does")
+    for chooser in choosers:
+        for spec in _weighings(chooser, cut):
+            scale = _scale(runs[-1], spec)
+            if scale is not None and agree(runs, spec := replace(spec, scale=scale)):
+                return replace(spec, out_dtype=cut.weights.meta["val"].dtype, ids_dtype=cut.ids.meta["val"].dtype)
+    return _Unlike(f"no scoring and normalisation that is known gives the weights {cut.weights.name}")
+
+
+def _choosers(cut: Cut, top_k: int, shared: int, sizes: Sizes) -> Iterator[RouteSpec]:
+    """Every way to choose that the graph's shapes leave open, simplest first; for all scorings, which logits do not tell."""
+    for groups, top_groups, group_score, closed in _groupings(cut, top_k, sizes):
+        for select_on in ("logits", "scores") if cut.bias is not None or groups > 1 else ("logits",):
+            for scoring in get_args(Scoring):
+                if not (shared and scoring == "softmax"):
+                    yield RouteSpec(
+                        top_k, scoring, select_on, groups, top_groups, group_score, closed, shared=shared
+                    )  # fmt: skip
+
+
+def _groupings(cut: Cut, top_k: int, sizes: Sizes) -> Iterator[tuple[int, int, Any, Any]]:
+    """No groups, or as many as a view in the cut makes of the experts, with as many open as a top-k in it has results."""
+    experts = _width(cut.ids.args[0].args[0], sizes)  # type: ignore[union-attr]
+    yield 1, 1, "max", "out"
+    tensors = [n for n in cut.inner if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].ndim > 1]
+    counts = {s[-2] for s in map(sizes.shape, tensors) if len(s) > 2 and s[-1] > 1 and s[-2] * s[-1] == experts}
+    opened = {_width(n, sizes) for n in tensors if n.target is operator.getitem and n.args[0].target in _TOP_K}  # type: ignore[union-attr]
+    for groups in sorted(counts - {1}):
+        for top_groups in sorted(o for o in opened | {1} if o < groups):
+            for group_score in ("top2", "max"):
+                for closed in ("out", "zero"):
+                    if closed == "zero" or top_k <= experts // groups * top_groups:
+                        yield groups, top_groups, group_score, closed
+
+
+def _weighings(chooser: RouteSpec, cut: Cut) -> Iterator[RouteSpec]:
+    """Every normalisation of the chosen scores, with the small constants of the graph."""
+    yield chooser
+    for eps in (0.0, *_epsilons(cut)):
+        for renorm in ("add", "clamp") if eps else ("add",):
+            yield replace(chooser, renorm=renorm, eps=eps)
+
+
+def _epsilons(cut: Cut) -> list[float]:
+    """The small positive constants in the cut."""
+    constants = [a for n in cut.inner for a in (*n.args, *n.kwargs.values()) if isinstance(a, float)]
+    return sorted({c for c in constants if 0.0 < c < 0.1})
+
+
+def _scale(run: Probe, spec: RouteSpec) -> float | None:
+    """What the probe's weights are multiplied by, read off the largest; None where they are zero or not finite."""
+    weights, _ = reference.route(run.logits, run.bias, replace(spec, scale=1.0))
+    at = int(weights.abs().argmax())
+    base, scaled = float(weights.reshape(-1)[at]), float(run.weights.reshape(-1)[at])
+    if not base or not scaled or abs(scaled / base) == float("inf"):
+        return None
+    return float(f"{scaled / base:.12g}")
