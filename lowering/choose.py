@@ -45,6 +45,14 @@ def choose_moe(call: fx.Node, forced: str) -> tuple[str, str]:
     return name, "asked for" if forced == name else why
 
 
+def choose_route(call: fx.Node, forced: str) -> tuple[str, str]:
+    """(kernel, why) for a `braze::route` call: "aten" opens it up."""
+    return (
+        "aten",
+        "asked for" if forced == "aten" else "a top-k, and scores only where they are needed, fused by Inductor",
+    )
+
+
 _TRITON = ("triton", triton_moe, "two products whose rows, bias, activation and weights are handled inside them")
 #: device -> (name, module, why) of its kernel
 _MOE: dict[str, Any] = {

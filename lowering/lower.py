@@ -1,26 +1,29 @@
 """Gives each semantic op its kernel: left whole for a registered lowering or kernel, or opened up into what it consists of."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, fx
 
 from braze.kernels import aten
-from braze.kernels.spec import MoeSpec
+from braze.kernels.spec import MoeSpec, RouteSpec
 from braze.kernels.triton import moe as triton_moe
 from braze.lowering import inductor, rotations
-from braze.lowering.choose import choose_moe, choose_rope
-from braze.lowering.inline import inline
+from braze.lowering.choose import choose_moe, choose_rope, choose_route
+from braze.lowering.inline import inline, inline_all
 from braze.lowering.rotations import Turn
 
 
 def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(kernel, why) for each `braze::rope` or `braze::moe` call, after making the graph use it."""
+    """(kernel, why) for each semantic op's call, after making the graph use it."""
     turns: list[Turn] = []
     choices = []
     for call in calls:
         if call.target.name() == "braze::rope":  # type: ignore[union-attr]
             kernel, why, turn = choose_rope(call, forced.get("rope", "auto"))
             turns += [turn] if turn is not None else []
+        elif call.target.name() == "braze::route":  # type: ignore[union-attr]
+            kernel, why = choose_route(call, forced.get("router", "auto"))
+            _apply_route(call, kernel)
         else:
             kernel, why = choose_moe(call, forced.get("moe", "auto"))
             _apply_moe(call, kernel)
@@ -36,6 +39,28 @@ def _apply_moe(call: fx.Node, kernel: str) -> None:
     elif kernel == "triton" and all(isinstance(s, int) for s in call.meta["val"].shape):
         # Tiles are chosen by the number of tokens: where that is known, the launches become a part of the graph.
         inline(call, _launch_moe, inductor.decompositions())
+
+
+def _apply_route(call: fx.Node, kernel: str) -> None:
+    if kernel == "aten":
+        _inline_results(call, _compose_route)
+
+
+def _inline_results(call: fx.Node, compose: Callable[..., tuple[Tensor, ...]]) -> None:
+    """Opens up a call of several results: those that are used take the place of the nodes that pick them."""
+    inputs, picks = call.all_input_nodes, sorted(call.users)
+    place = {n: i for i, n in enumerate(inputs)}
+
+    def body(*tensors: Tensor) -> tuple[Tensor, ...]:
+        results = compose(*fx.node.map_arg(call.args, lambda n: tensors[place[n]]), **call.kwargs)
+        return tuple(results[pick.args[1]] for pick in picks)  # type: ignore[index]
+
+    inline_all(picks, inputs, body, inductor.decompositions())
+    call.graph.erase_node(call)
+
+
+def _compose_route(logits, bias=None, **attributes):  # type: ignore[no-untyped-def]
+    return aten.route(logits, bias, RouteSpec(**attributes))
 
 
 def _compose_moe(x, ids, weights, w1, w2, b1=None, b2=None, **attributes):  # type: ignore[no-untyped-def]

@@ -1,7 +1,7 @@
 """Logits on which two routers that differ, differ: rows of every kind that an epsilon, a bias or a group limit shows at.
 
-Ordinary rows tell scorings apart. Rows far below zero bring sigmoids down to an epsilon, one large logit does so to
-the others of a softmax. Each run has a bias of its own. All values are distinct: ties have no agreed order.
+Rows far below zero bring sigmoids (and, twice as far, a square root) down to an epsilon; one large logit does so to the
+others of a softmax. Runs differ in their bias, which may be negative for all. No two values are equal: ties have no order.
 """
 
 import math
@@ -20,6 +20,7 @@ from braze.passes.elements import Sizes
 #: Rows of logits that are tried at least, and runs.
 ROWS, RUNS = 96, 3
 TOLERANCE = 1e-9
+MAX_EPSILON = 0.1
 
 
 @dataclass(frozen=True)
@@ -46,18 +47,26 @@ class Routing(Protocol):
     def bias(self) -> fx.Node | None: ...
 
 
-def probes(cut: Routing, epsilons: Sequence[float], sizes: Sizes, seed: int) -> list[Probe]:
-    """What the graph makes of enough rows, with `epsilons` within their reach; CannotShrink where it does not run."""
+def epsilons(cut: Routing) -> list[float]:
+    """The small positive constants in the graph between the logits and the results."""
+    inner = small.between((cut.weights, cut.ids), (cut.logits, *([cut.bias] if cut.bias is not None else [])))
+    constants = [a for n in inner for a in (*n.args, *n.kwargs.values()) if isinstance(a, float)]
+    return sorted({c for c in constants if 0.0 < c < MAX_EPSILON})
+
+
+def probes(cut: Routing, sizes: Sizes, seed: int) -> list[Probe]:
+    """What the graph makes of enough rows, with its epsilons within their reach; CannotShrink where it does not run."""
+    depths = [-math.log(eps) for eps in epsilons(cut)]
     rng = torch.Generator().manual_seed(seed)
     shape = sizes.shape(cut.logits)
     rows = math.prod(shape[:-1])
     found = []
     for n in range(max(RUNS, math.ceil(ROWS / max(rows, 1)))):
-        logits = _logits(rows, shape[-1], epsilons, n, rng).reshape(shape)
+        logits = _logits(rows, shape[-1], depths, n, rng).reshape(shape)
         inputs = {cut.logits: logits}
         bias = None
         if cut.bias is not None:
-            bias = torch.randn(sizes.shape(cut.bias), generator=rng, dtype=torch.float64)
+            bias = torch.randn(sizes.shape(cut.bias), generator=rng, dtype=torch.float64) - 4.0 * (n % 3 == 1)
             inputs[cut.bias] = bias
         weights, ids = small.run_all((cut.weights, cut.ids), inputs, sizes)
         if ids.ndim < logits.ndim:
@@ -66,18 +75,18 @@ def probes(cut: Routing, epsilons: Sequence[float], sizes: Sizes, seed: int) -> 
     return found
 
 
-def _logits(rows: int, experts: int, epsilons: Sequence[float], run: int, rng: torch.Generator) -> Tensor:
+def _logits(rows: int, experts: int, depths: Sequence[float], run: int, rng: torch.Generator) -> Tensor:
     """Rows of all kinds in turn; the first row's kind changes from run to run."""
     logits = 2.0 * torch.randn(rows, experts, generator=rng, dtype=torch.float64)
-    kinds = 2 + 2 * len(epsilons)
+    kinds = [
+        (0.0, 0.0),
+        (4.0, 0.0),
+        *(kind for d in depths for kind in ((d, 0.0), (2 * d, 0.0), (0.0, d), (0.0, 2 * d))),
+    ]
     for row in range(min(rows, ROWS)):
-        kind = (row + run) % kinds
-        if kind >= 2:
-            depth = -math.log(epsilons[(kind - 2) // 2])
-            if kind % 2:
-                logits[row] -= depth
-            else:
-                logits[row, int(torch.randint(experts, (), generator=rng))] += depth
+        below, above = kinds[(row + run) % len(kinds)]
+        logits[row] -= below
+        logits[row, int(torch.randint(experts, (), generator=rng))] += above
     return logits
 
 
@@ -94,20 +103,34 @@ def agree(runs: list[Probe], spec: RouteSpec, ids_only: bool = False) -> bool:
 
 def difference(run: Probe, spec: RouteSpec, ids_only: bool = False) -> float:
     """The largest difference of a weight relative to its token's largest; infinity where other experts are chosen."""
-    weights, ids = reference.route(run.logits, run.bias, replace(spec, out_dtype=torch.float64))
-    k = ids.shape[-1]
-    theirs, chosen = run.weights, run.ids
-    if not run.in_order:
-        ids, order = ids.sort(-1)
-        weights = torch.cat((weights[..., :k].gather(-1, order), weights[..., k:]), -1)
-        chosen, order = chosen.sort(-1)
-        theirs = torch.cat((theirs[..., :k].gather(-1, order), theirs[..., k:]), -1)
-    if not torch.equal(ids, chosen.to(ids.dtype)):
+    got, expected = results(run, spec)
+    if not torch.equal(got.ids, expected.ids):
         return math.inf
     if ids_only:
         return 0.0
-    if weights.shape != theirs.shape:
+    if got.weights.shape != expected.weights.shape:
         return math.inf
-    scale = weights.abs().amax(-1, keepdim=True).clamp(min=1e-300)
-    worst = float(((weights - theirs) / scale).abs().max())
+    scale = got.weights.abs().amax(-1, keepdim=True).clamp(min=1e-300)
+    worst = float(((got.weights - expected.weights) / scale).abs().max())
     return worst if math.isfinite(worst) else math.inf
+
+
+@dataclass(frozen=True)
+class Result:
+    """Weights and ids of one run, in the order of the ids where the graph's own order means nothing."""
+
+    weights: Tensor
+    ids: Tensor
+
+
+def results(run: Probe, spec: RouteSpec) -> tuple[Result, Result]:
+    """(what `braze::route` gives, what the graph gave)"""
+    weights, ids = reference.route(run.logits, run.bias, replace(spec, out_dtype=torch.float64))
+    pair = Result(weights, ids), Result(run.weights, run.ids.to(ids.dtype))
+    return pair if run.in_order else (_by_id(pair[0]), _by_id(pair[1]))
+
+
+def _by_id(result: Result) -> Result:
+    ids, order = result.ids.sort(-1)
+    k = ids.shape[-1]
+    return Result(torch.cat((result.weights[..., :k].gather(-1, order), result.weights[..., k:]), -1), ids)

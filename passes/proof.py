@@ -106,7 +106,7 @@ def router(site: RouterSite, sizes: Sequence[Sizes]) -> str:
     worst, rows = 0.0, 0
     for binding in sizes:
         try:
-            runs = probes.probes(site, [site.spec.eps] if site.spec.eps else [], binding, seed=1)
+            runs = probes.probes(site, binding, seed=1)
         except (small.CannotShrink, Unknown) as e:
             raise Refused(str(e)) from None
         for run in runs:

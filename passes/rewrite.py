@@ -46,7 +46,9 @@ def _rewrite_router(site: RouterSite) -> fx.Node:
     squeezed = site.ids.meta["val"].ndim < values[1].ndim
     _check_like(values[0], site.weights.meta["val"])
     _check_like(values[1].squeeze(-1) if squeezed else values[1], site.ids.meta["val"])
-    with graph.inserting_before(site.ids.args[0]):
+    top_k = site.ids.args[0]
+    assert isinstance(top_k, fx.Node)
+    with graph.inserting_before(top_k):
         call = graph.call_function(target, args, kwargs)
         results = [graph.call_function(operator.getitem, (call, i)) for i in range(2)]
         for node, value in zip((call, *results), (values, *values), strict=True):

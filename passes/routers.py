@@ -6,18 +6,17 @@ constants are read from the graph, the scale is measured. Monotone scorings, spe
 """
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, fx
 
-from braze.kernels import reference
 from braze.kernels.spec import RouteSpec, Scoring
 from braze.passes import small
 from braze.passes.elements import Sizes, Unknown
-from braze.passes.probes import Probe, agree, probes
+from braze.passes.probes import Probe, agree, epsilons, probes, results
 from braze.passes.products import is_product
 from braze.passes.sites import NearMiss, RouterSite, source_line
 
@@ -30,7 +29,21 @@ MAX_WEIGHTS = 8
 
 
 class NoRouter(Exception):
-    """Why an expert block's ids and weights are no router's."""
+    """Why an expert block's ids and weights are no router's. weight: of several reasons the heaviest says most."""
+
+    weight = 1
+
+
+class _Unrelated(NoRouter):
+    """Nothing between ids and weights could be tried."""
+
+    weight = 0
+
+
+class _Unlike(NoRouter):
+    """It was run, and is something else."""
+
+    weight = 2
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,7 @@ def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[RouterSite], list[NearMiss
 
 def _site(ids: fx.Node, weights: fx.Node, sizes: Sizes, known: dict[str, RouteSpec | NoRouter]) -> RouterSite:
     chosen = _chosen(ids)
-    reason = NoRouter(f"the weights {weights.name} do not come from the scores that chose the experts")
+    reason: NoRouter = _Unrelated(f"the weights {weights.name} do not come from the scores that chose the experts")
     for result in _weight_nodes(weights, chosen, sizes):
         for logits in _logits(result, chosen, sizes):
             try:
@@ -75,22 +88,10 @@ def _site(ids: fx.Node, weights: fx.Node, sizes: Sizes, known: dict[str, RouteSp
                 if isinstance(spec, NoRouter):
                     raise spec
             except (NoRouter, small.CannotShrink) as e:
-                reason = max(reason, _as_reason(e), key=_progress)
+                reason = max(reason, e if isinstance(e, NoRouter) else NoRouter(str(e)), key=lambda r: r.weight)
                 continue
             return RouterSite(result, chosen, logits, cut.bias, spec, key)
     raise reason
-
-
-class _Unlike(NoRouter):
-    """A reason found by running: it says more than that something has not the shape of a router."""
-
-
-def _as_reason(e: Exception) -> NoRouter:
-    return e if isinstance(e, NoRouter) else NoRouter(str(e))
-
-
-def _progress(reason: NoRouter) -> int:
-    return isinstance(reason, _Unlike)
 
 
 # ---------------------------------------------------------------------------------------------- where it lies
@@ -150,8 +151,7 @@ def _rows_of(node: fx.Node, sizes: Sizes) -> int:
 
 def _squeezed(ids: fx.Node) -> bool:
     """Whether the ids are those of a largest element without a dimension for it."""
-    top = ids.args[0]
-    assert isinstance(top, fx.Node)
+    top = _top(ids)
     return top.target is aten.max.dim and not (len(top.args) > 2 and top.args[2])
 
 
@@ -161,9 +161,8 @@ def _is_product(node: fx.Node) -> bool:
 
 def _logits(weights: fx.Node, ids: fx.Node, sizes: Sizes) -> list[fx.Node]:
     """What may be the logits: matrices of one row a token and a column an expert, the earliest first."""
-    top = ids.args[0]
-    assert isinstance(top, fx.Node)
-    experts = _width(top.args[0], sizes)
+    top = _top(ids)
+    experts = _experts(ids, sizes)
     found: set[fx.Node] = set()
     seen: set[fx.Node] = set()
     queue = [weights, top]
@@ -181,33 +180,60 @@ def _logits(weights: fx.Node, ids: fx.Node, sizes: Sizes) -> list[fx.Node]:
     return sorted(found)
 
 
+def _top(picked: fx.Node) -> fx.Node:
+    """The node of several results that `picked` is one of."""
+    source = picked.args[0]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _experts(ids: fx.Node, sizes: Sizes) -> int:
+    """Among how many experts the top-k chooses."""
+    return _width(_top(ids).args[0], sizes)
+
+
 def _width(node: Any, sizes: Sizes) -> int:
     return sizes.shape(node)[-1]
 
 
 def _cut(weights: fx.Node, ids: fx.Node, logits: fx.Node, sizes: Sizes) -> Cut:
     """What lies between, where it depends on nothing but the logits and at most one bias an expert."""
-    top = ids.args[0]
-    assert isinstance(top, fx.Node)
-    experts = _width(top.args[0], sizes)
+    experts = _experts(ids, sizes)
     inner = small.between((weights, ids), (logits,))
     if len(inner) > MAX_NODES:
         raise NoRouter(f"{len(inner)} nodes lie between {logits.name} and the experts' ids")
-    biases = []
+    bias = _bias(inner, logits, experts)
+    if bias is not None:
+        inner = small.between((weights, ids), (logits, bias))
+    _check_private(tuple(inner), (weights, ids))
+    return Cut(weights, ids, logits, bias, tuple(inner))
+
+
+def _bias(inner: Sequence[fx.Node], logits: fx.Node, experts: int) -> fx.Node | None:
+    """The one tensor of an element an expert that the nodes need besides the logits, as near to its use as there is one."""
+    needing = {logits}
     for node in inner:
+        if any(n in needing for n in node.all_input_nodes):
+            needing.add(node)
+    stack = [n for node in inner if node in needing for n in node.all_input_nodes if n not in needing]
+    found: dict[fx.Node, None] = {}
+    while stack:
+        node = stack.pop()
         value = node.meta.get("val")
-        if node.op == "call_function" or not isinstance(value, Tensor):
-            continue
-        if not value.is_floating_point() or value.numel() != experts:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.numel() == experts and _depends(node):
+            found[node] = None
+        elif node.op != "call_function" and isinstance(value, Tensor):
             raise NoRouter(f"the choice of experts also depends on {node.name}")
-        biases.append(node)
-    if len(biases) > 1:
-        raise NoRouter(f"the choice of experts depends on both {biases[0].name} and {biases[1].name}")
-    body = tuple(n for n in inner if n not in biases)
-    if not any(logits in n.all_input_nodes for n in body):
-        raise NoRouter(f"the ids do not depend on {logits.name}")
-    _check_private(body, (weights, ids))
-    return Cut(weights, ids, logits, biases[0] if biases else None, body)
+        else:
+            stack += node.all_input_nodes
+    if len(found) > 1:
+        raise NoRouter(f"the choice of experts depends on {', '.join(n.name for n in found)}")
+    return next(iter(found), None)
+
+
+def _depends(node: fx.Node) -> bool:
+    """Whether a node is anything but a constant."""
+    return node.op != "call_function" or any(map(_depends, node.all_input_nodes))
 
 
 def _check_private(inner: tuple[fx.Node, ...], results: tuple[fx.Node, fx.Node]) -> None:
@@ -247,11 +273,11 @@ def _type(node: fx.Node) -> str:
 def _identified(cut: Cut, sizes: Sizes) -> RouteSpec | NoRouter:
     """The attributes with which `braze::route` gives what the cut gives; or why there are none."""
     try:
-        runs = probes(cut, _epsilons(cut), sizes, seed=0)
+        runs = probes(cut, sizes, seed=0)
     except small.CannotShrink as e:
         return NoRouter(str(e))
     top_k = runs[0].ids.shape[-1]
-    shared = runs[0].logits.shape[-1] - _width(cut.ids.args[0].args[0], sizes)  # type: ignore[union-attr]
+    shared = runs[0].logits.shape[-1] - _experts(cut.ids, sizes)
     if runs[0].weights.shape[-1] != top_k + shared:
         return NoRouter(f"{runs[0].weights.shape[-1]} weights a token for {top_k} experts and {shared} shared ones")
     choosers = [s for s in _choosers(cut, top_k, shared, sizes) if agree(runs, s, ids_only=True)]
@@ -278,11 +304,11 @@ def _choosers(cut: Cut, top_k: int, shared: int, sizes: Sizes) -> Iterator[Route
 
 def _groupings(cut: Cut, top_k: int, sizes: Sizes) -> Iterator[tuple[int, int, Any, Any]]:
     """No groups, or as many as a view in the cut makes of the experts, with as many open as a top-k in it has results."""
-    experts = _width(cut.ids.args[0].args[0], sizes)  # type: ignore[union-attr]
+    experts = _experts(cut.ids, sizes)
     yield 1, 1, "max", "out"
     tensors = [n for n in cut.inner if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].ndim > 1]
     counts = {s[-2] for s in map(sizes.shape, tensors) if len(s) > 2 and s[-1] > 1 and s[-2] * s[-1] == experts}
-    opened = {_width(n, sizes) for n in tensors if n.target is operator.getitem and n.args[0].target in _TOP_K}  # type: ignore[union-attr]
+    opened = {_width(n, sizes) for n in tensors if n.target is operator.getitem and _top(n).target in _TOP_K}
     for groups in sorted(counts - {1}):
         for top_groups in sorted(o for o in opened | {1} if o < groups):
             for group_score in ("top2", "max"):
@@ -294,22 +320,16 @@ def _groupings(cut: Cut, top_k: int, sizes: Sizes) -> Iterator[tuple[int, int, A
 def _weighings(chooser: RouteSpec, cut: Cut) -> Iterator[RouteSpec]:
     """Every normalisation of the chosen scores, with the small constants of the graph."""
     yield chooser
-    for eps in (0.0, *_epsilons(cut)):
+    for eps in (0.0, *epsilons(cut)):
         for renorm in ("add", "clamp") if eps else ("add",):
             yield replace(chooser, renorm=renorm, eps=eps)
 
 
-def _epsilons(cut: Cut) -> list[float]:
-    """The small positive constants in the cut."""
-    constants = [a for n in cut.inner for a in (*n.args, *n.kwargs.values()) if isinstance(a, float)]
-    return sorted({c for c in constants if 0.0 < c < 0.1})
-
-
 def _scale(run: Probe, spec: RouteSpec) -> float | None:
     """What the probe's weights are multiplied by, read off the largest; None where they are zero or not finite."""
-    weights, _ = reference.route(run.logits, run.bias, replace(spec, scale=1.0))
-    at = int(weights.abs().argmax())
-    base, scaled = float(weights.reshape(-1)[at]), float(run.weights.reshape(-1)[at])
+    unscaled, graph = results(run, replace(spec, scale=1.0))
+    at = int(unscaled.weights.abs().argmax())
+    base, scaled = float(unscaled.weights.reshape(-1)[at]), float(graph.weights.reshape(-1)[at])
     if not base or not scaled or abs(scaled / base) == float("inf"):
         return None
     return float(f"{scaled / base:.12g}")

@@ -40,7 +40,7 @@ def test_compiled_model_is_as_exact_as_eager(dtype: torch.dtype, kernel: str) ->
     exact = as_float64(model)(ids, use_cache=False).logits
     assert_close(got, exact, 1e-5 if dtype == torch.float32 else 2e-2)
     (report,) = reports
-    assert sorted(s.kind for s in report.sites) == ["moe"] * 2 + ["rope"] * 4
+    assert sorted(s.kind for s in report.sites) == ["moe"] * 2 + ["rope"] * 4 + ["router"] * 2
     assert {s.kernel for s in report.sites if s.kind == "moe"} <= ({"aten"} if kernel == "aten" else {"cpp", "aten"})
     assert {s.kernel for s in report.sites if s.kind == "rope"} == {"pointwise"}
 
@@ -144,6 +144,6 @@ def test_explain_works_when_caches_are_warm() -> None:
         for _ in range(2):
             compile_fresh(layer)(x)
         report = braze.explain(layer, x)
-    assert sorted(s.kind for s in report.sites) == ["moe", "rope"]
+    assert sorted(s.kind for s in report.sites) == ["moe", "rope", "router"]
     assert report.graphs == 1
     assert "smoke.py" in str(report)

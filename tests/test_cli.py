@@ -30,7 +30,7 @@ def test_explain_tells_every_site(module: Path, tmp_path: Path, capsys: pytest.C
     page = tmp_path / "report.html"
     assert main(["explain", f"{module}:layer", "--json", "--html", str(page)]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert sorted(s["kind"] for s in report["sites"]) == ["moe", "rope"]
+    assert sorted(s["kind"] for s in report["sites"]) == ["moe", "rope", "router"]
     assert all(
         s["kernel"] and s["why"] and "agree" in s["proof"] and "smoke.py" in s["source"] for s in report["sites"]
     )

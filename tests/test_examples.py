@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize(
     ("script", "fused"),
-    [("generate.py", {"rope": 8}), ("upcycle.py", {"rope": 8, "moe": 4})],
+    [("generate.py", {"rope": 8}), ("upcycle.py", {"rope": 8, "moe": 4, "router": 4})],
 )
 def test_text_is_eagers_and_every_layer_is_fused(script: str, fused: dict[str, int]) -> None:
     run = subprocess.run(

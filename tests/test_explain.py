@@ -61,14 +61,14 @@ def _called(model: Callable[..., Any]) -> Callable[..., Any]:
 )
 def test_what_is_compiled_already_is_explained(made: Callable[[], Any]) -> None:
     report = braze.explain(_called(made()), inputs())
-    assert kinds(report) == ["moe", "rope"]
+    assert kinds(report) == ["moe", "rope", "router"]
     assert report.graphs == 1
 
 
 def test_asking_often_uses_up_no_limit_of_the_callers() -> None:
     model = Shifted().eval()
     for _ in range(OFTEN):
-        assert kinds(braze.explain(model, inputs())) == ["moe", "rope"]
+        assert kinds(braze.explain(model, inputs())) == ["moe", "rope", "router"]
     compiled = torch.compile(model, backend="braze")
     with torch._inductor.config.patch(force_disable_caches=True), torch.no_grad(), collect() as graphs:
         compiled(inputs())
@@ -77,14 +77,14 @@ def test_asking_often_uses_up_no_limit_of_the_callers() -> None:
 
 def test_graph_breaks_show_as_graphs() -> None:
     report = braze.explain(Broken().eval(), inputs())
-    assert kinds(report) == ["moe", "rope"]
+    assert kinds(report) == ["moe", "rope", "router"]
     assert report.graphs == 2
 
 
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="code behind a graph break is counted apart from torch 2.13 on")
 def test_a_broken_graph_is_explained_often() -> None:
     for _ in range(OFTEN):
-        assert kinds(braze.explain(Broken().eval(), inputs())) == ["moe", "rope"]
+        assert kinds(braze.explain(Broken().eval(), inputs())) == ["moe", "rope", "router"]
 
 
 def test_a_model_without_a_site_has_an_empty_report() -> None:

@@ -41,7 +41,7 @@ def test_a_class_keeps_its_type_parameters_and_pickles() -> None:
     with collect() as reports:
         got = model(inputs())
     torch.testing.assert_close(got, Plain()(inputs()), rtol=1e-4, atol=1e-4)
-    assert kinds(reports) == ["moe", "rope"]
+    assert kinds(reports) == ["moe", "rope", "router"]
     assert isinstance(model, Fused)
     assert model.state_dict().keys() == Plain().state_dict().keys()
     torch.testing.assert_close(pickle.loads(pickle.dumps(model))(inputs()), got)
@@ -53,7 +53,7 @@ def test_an_instance_is_compiled_in_place() -> None:
         assert braze.fuse(model) is model
         got = model(inputs())
     torch.testing.assert_close(got, Plain()(inputs()), rtol=1e-4, atol=1e-4)
-    assert kinds(reports) == ["moe", "rope"]
+    assert kinds(reports) == ["moe", "rope", "router"]
 
 
 def test_a_function_with_and_without_arguments() -> None:
@@ -67,7 +67,7 @@ def test_a_function_with_and_without_arguments() -> None:
         with collect() as reports:
             got = fused(inputs())
         torch.testing.assert_close(got, block(inputs()), rtol=1e-4, atol=1e-4)
-        assert kinds(reports) == ["moe", "rope"]
+        assert kinds(reports) == ["moe", "rope", "router"]
 
 
 def test_settings_of_torch_stay_as_they_were() -> None:
