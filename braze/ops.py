@@ -14,6 +14,7 @@ from braze.kernels import aten
 from braze.kernels.cpp import moe as cpp_moe
 from braze.kernels.spec import MoeSpec, RopeSpec, RouteSpec
 from braze.kernels.triton import moe as triton_moe
+from braze.kernels.triton import route as triton_route
 
 MOE_SCHEMA = (
     "(Tensor x, Tensor ids, Tensor weights, Tensor w1, Tensor w2, Tensor? b1=None, Tensor? b2=None, *, "
@@ -151,9 +152,14 @@ def _route_fake(logits: Tensor, bias: Tensor | None = None, **attributes: Any) -
 
 @torch.library.impl("braze::route", "CompositeExplicitAutograd")
 def _route(logits: Tensor, bias: Tensor | None = None, **attributes: Any) -> tuple[Tensor, Tensor]:
-    spec = RouteSpec(**attributes)
+    spec = _route_spec(**attributes)
     check_route(logits, bias, spec)
+    if triton_route.supports(logits, bias, spec) is None:
+        return triton_route.run(logits, bias, spec)
     return aten.route(logits, bias, spec)
+
+
+_route_spec = lru_cache(maxsize=256)(RouteSpec)
 
 
 @torch.library.register_fake("braze::grouped_mm")

@@ -16,7 +16,7 @@ from braze.passes.sites import KINDS, Kind
 KERNELS: dict[Kind, tuple[str, ...]] = {
     "rope": ("auto", "pointwise", "triton"),
     "moe": ("auto", "cpp", "triton", "aten"),
-    "router": ("auto", "aten"),
+    "router": ("auto", "triton", "aten"),
 }
 
 #: name -> (type, default, what it does), in the order of the documentation
@@ -29,7 +29,8 @@ DOCUMENTED: dict[str, tuple[str, str, str]] = {
     "kernel": (
         "dict of kind to kernel", "{}",
         "Asks for a kernel instead of the best one, where it can run: "
-        '{"rope": "auto" | "pointwise" | "triton", "moe": "auto" | "cpp" | "triton" | "aten", "router": "auto" | "aten"}.',
+        '{"rope": "auto" | "pointwise" | "triton", "moe": "auto" | "cpp" | "triton" | "aten", '
+        '"router": "auto" | "triton" | "aten"}.',
     ),
 }  # fmt: skip
 

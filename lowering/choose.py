@@ -5,8 +5,9 @@ from typing import Any
 from torch import fx
 
 from braze.kernels.cpp import moe as cpp_moe
-from braze.kernels.spec import MoeSpec
+from braze.kernels.spec import MoeSpec, RouteSpec
 from braze.kernels.triton import moe as triton_moe
+from braze.kernels.triton import route as triton_route
 from braze.lowering.rotations import Turn, turn
 
 
@@ -46,13 +47,23 @@ def choose_moe(call: fx.Node, forced: str) -> tuple[str, str]:
 
 
 def choose_route(call: fx.Node, forced: str) -> tuple[str, str]:
-    """(kernel, why) for a `braze::route` call: "aten" opens it up."""
-    return (
-        "aten",
-        "asked for" if forced == "aten" else "a top-k, and scores only where they are needed, fused by Inductor",
-    )
+    """(kernel, why) for a `braze::route` call: "aten" opens it up, "triton" makes it a launch."""
+    args: Any = fx.node.map_arg(call.args, lambda n: n.meta["val"])
+    attributes: Any = call.kwargs
+    logits, bias = (*args, None)[:2]
+    composed = "a top-k, and scores only where they are needed, fused by Inductor"
+    if forced == "aten":
+        return "aten", "asked for"
+    if logits.device.type not in _ROUTE:
+        return "aten", composed
+    refusal = triton_route.supports(logits, bias, RouteSpec(**attributes))
+    if refusal is not None:
+        return "aten", f"{composed}; the Triton kernel does not take this ({refusal})"
+    return "triton", "asked for" if forced == "triton" else "one launch from logits to weights and ids"
 
 
+#: devices on which a router is one launch
+_ROUTE = {"cuda", "xpu"}
 _TRITON = ("triton", triton_moe, "two products whose rows, bias, activation and weights are handled inside them")
 #: device -> (name, module, why) of its kernel
 _MOE: dict[str, Any] = {

@@ -7,6 +7,7 @@ from torch import Tensor, fx
 from braze.kernels import aten
 from braze.kernels.spec import MoeSpec, RouteSpec
 from braze.kernels.triton import moe as triton_moe
+from braze.kernels.triton import route as triton_route
 from braze.lowering import inductor, rotations
 from braze.lowering.choose import choose_moe, choose_rope, choose_route
 from braze.lowering.inline import inline, inline_all
@@ -44,6 +45,8 @@ def _apply_moe(call: fx.Node, kernel: str) -> None:
 def _apply_route(call: fx.Node, kernel: str) -> None:
     if kernel == "aten":
         _inline_results(call, _compose_route)
+    elif kernel == "triton":
+        _inline_results(call, _launch_route)
 
 
 def _inline_results(call: fx.Node, compose: Callable[..., tuple[Tensor, ...]]) -> None:
@@ -61,6 +64,10 @@ def _inline_results(call: fx.Node, compose: Callable[..., tuple[Tensor, ...]]) -
 
 def _compose_route(logits, bias=None, **attributes):  # type: ignore[no-untyped-def]
     return aten.route(logits, bias, RouteSpec(**attributes))
+
+
+def _launch_route(logits, bias=None, **attributes) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    return triton_route.launch(logits, bias, RouteSpec(**attributes), start=inductor.start)
 
 
 def _compose_moe(x, ids, weights, w1, w2, b1=None, b2=None, **attributes):  # type: ignore[no-untyped-def]

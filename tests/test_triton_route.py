@@ -1,23 +1,17 @@
 """The Triton router: on a GPU where there is one, else in Triton's interpreter where Triton is installed."""
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
 from braze import xpu_sim
+from braze.kernels import reference
+from braze.kernels.spec import RouteSpec
+from braze.kernels.triton import route
 
 GPU = torch.cuda.is_available()
 # Where Triton is Intel's, tests/xpu_sim/test_route.py runs the same cases.
 SIMULATED = not GPU and xpu_sim.missing() is None
-if not GPU and not SIMULATED:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-from braze.kernels import reference  # noqa: E402
-from braze.kernels.spec import RouteSpec  # noqa: E402
-from braze.kernels.triton import route  # noqa: E402
-
 DEVICE = "cuda" if GPU else "cpu"
 # exp(-48) in float32 is off by 48 roundings of its argument.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}

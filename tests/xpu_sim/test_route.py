@@ -7,6 +7,10 @@ import torch
 
 from braze import xpu_sim
 from braze.kernels.spec import RouteSpec
+from braze.kernels.triton import route
+from braze.lowering import choose
+from tests.harness import assert_close
+from tests.test_router_sites import SPELLINGS, inputs, layer
 from tests.test_triton_route import CASES, check_layouts, check_ties, compare
 
 TARGETS = ["pvc", "generic"]
@@ -25,3 +29,18 @@ def test_ties_and_layouts(target: str) -> None:
     with xpu_sim.device(target):
         check_ties()
         check_layouts()
+
+
+@pytest.mark.parametrize("length", [1, 13])
+def test_a_router_is_a_launch_in_the_graph(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer's router, found and lowered as on a GPU, inside what Inductor makes of the rest."""
+    monkeypatch.setattr(choose, "_ROUTE", {"cpu"})
+    monkeypatch.setattr(route, "supports", lambda *_: None)
+    router, _ = SPELLINGS["deepseek_v3"]
+    given = inputs(length)
+    torch._dynamo.reset()
+    options = {"require": ["router"], "kernel": {"moe": "aten"}, "strict": True}
+    with torch.no_grad(), xpu_sim.compiled_graphs("pvc"), xpu_sim.record() as launches:
+        got = torch.compile(layer(router), backend="braze", options=options, dynamic=False)(*given)
+    assert [launch.kernel for launch in launches].count("route_kernel") == 1
+    assert_close(got, layer(router)(*(v.double() for v in given)), 1e-5)
