@@ -80,6 +80,18 @@ def test_storage(dtype: torch.dtype, transposed: bool, layout: str) -> None:
         check(inputs(other, dtype, 33, bias=dtype), other)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("layout", ("halves", "interleaved", "none"))
+def test_long_rows_of_weights(dtype: torch.dtype, layout: str) -> None:
+    """More columns than one task takes of weights stored along them, for few and for many rows, alone and mixed."""
+    spec = MoeSpec("g*sigmoid(g)" if layout == "none" else "g*u*sigmoid(g)", layout, True)  # type: ignore[arg-type]
+    for tokens, experts in ((1, 2), (40, 4), (70, 2)):
+        check(inputs(spec, dtype, tokens, experts, 1, hidden=1070, inner=1105, bias=torch.float32), spec)
+    x, ids, *rest = inputs(spec, dtype, 60, 4, 1, hidden=33, inner=1105)
+    ids[:50] = 1
+    check((x, ids, *rest), spec)
+
+
 @pytest.mark.parametrize("transposed", (False, True))
 @pytest.mark.parametrize("layout", ("halves", "interleaved"))
 def test_dot_product_of_bfloat16(monkeypatch: pytest.MonkeyPatch, transposed: bool, layout: str) -> None:

@@ -4,7 +4,7 @@
 // true count of rows, of the second across all experts, so that one thread owns a block of the output and adds experts
 // up in order. Hence no atomics, and the result does not depend on the number of threads.
 //
-// Expects gemm.h; BRAZE_LAYOUT_*; `V activation(V g, V u)`.
+// Expects product.h; BRAZE_LAYOUT_*; `V activation(V g, V u)`.
 
 enum Dtype : int64_t { NONE = 0, F32 = 1, BF16 = 2, F16 = 3 };
 
@@ -84,18 +84,13 @@ constexpr int GATES = 1;
 #else
 constexpr int GATES = 2;
 #endif
-constexpr int64_t ACT_COLUMNS = TILE_COLUMNS / GATES;  // the most act columns of a task
 constexpr bool WOVEN = BRAZE_LAYOUT_INTERLEAVED && BRAZE_TRANSPOSED;  // a run of columns holds g, u, g, u ...
 
-inline int split(int64_t first, int64_t count, Columns* out) {
-  out[0] = {first, 1, std::min<int64_t>(count, NR)};
-  out[1] = {first + NR, 1, count - NR};
-  return count > NR ? 2 : 1;
-}
-
 inline int gate_up_columns(const Problem& p, int64_t first, int64_t count, Columns* out) {
-  if (GATES == 1) return split(first, count, out);
-  if (WOVEN) return split(2 * first, 2 * count, out);
+  if (GATES == 1 || WOVEN) {
+    out[0] = {GATES * first, 1, GATES * count};
+    return 1;
+  }
   const bool halves = BRAZE_LAYOUT_HALVES;
   out[0] = {halves ? first : 2 * first, halves ? 1 : 2, count};
   out[1] = {halves ? p.inner + first : 2 * first + 1, halves ? 1 : 2, count};
@@ -106,7 +101,7 @@ inline void load_bias(const Table& bias, int64_t e, const Columns* groups, int g
   std::fill(out, out + TILE_COLUMNS, 0.f);
   if (!bias) return;
   for (int g = 0; g < group_count; ++g)
-    for (int64_t n = 0; n < groups[g].count; ++n) out[g * NR + n] = bias.at(e, groups[g].first + n * groups[g].step);
+    for (int64_t n = 0; n < groups[g].count; ++n) out[g * GROUP + n] = bias.at(e, groups[g].first + n * groups[g].step);
 }
 
 // One row of the tile -> act columns, in the dtype and order they are multiplied in.
@@ -119,7 +114,7 @@ inline void activate(const float* c, const float* bias, float weight, int64_t co
       const auto [g, u] = at::vec::deinterleave2(at(2 * j), at(2 * j + L));
       return activation(g, u);
     }
-    return activation(at(j), at(NR + j));
+    return activation(at(j), at(GROUP + j));
   };
   if constexpr (BRAZE_SPLIT) {
     for (int64_t j = 0; j < count; j += 2 * L) {
@@ -148,20 +143,28 @@ inline int64_t columns_per_task(int64_t widest, int64_t least, int64_t columns, 
   return width;
 }
 
+constexpr int64_t LEAST_COLUMNS = BRAZE_TRANSPOSED || BRAZE_SPLIT ? 2 * L : 8;  // of a task
+
 inline std::vector<Task> first_tasks(const Problem& p, const Routing& r, int threads) {
-  const int64_t width = columns_per_task(ACT_COLUMNS, BRAZE_SPLIT ? 2 * L : 8, p.inner, r.used.size(), threads);
+  auto columns = [&](int64_t most) {
+    return columns_per_task(most / GATES, LEAST_COLUMNS, p.inner, r.used.size(), threads);
+  };
+  const int64_t in_place = columns(TILE_COLUMNS), packed = columns(PANEL_COLUMNS);
   std::vector<Task> tasks;
-  for (const int64_t e : r.used)
+  for (const int64_t e : r.used) {
+    const int64_t width = r.begin[e + 1] - r.begin[e] <= ROWS_IN_PLACE ? in_place : packed;
     for (int64_t begin = r.begin[e]; begin < r.begin[e + 1]; begin += ROWS_A_TASK)
       for (int64_t j = 0; j < p.inner; j += width)
         tasks.push_back({e, begin, std::min(begin + ROWS_A_TASK, r.begin[e + 1]), j, std::min(width, p.inner - j)});
+  }
   return tasks;
 }
 
 // Tokens are cut too where columns alone do not occupy all threads, or where sums would leave the cache.
-inline std::vector<Task> second_tasks(const Problem& p, int threads) {
+inline std::vector<Task> second_tasks(const Problem& p, int64_t most_rows, int threads) {
   constexpr int64_t most = 4096, least = 512;
-  const int64_t width = columns_per_task(TILE_COLUMNS, 8, p.hidden, 1, threads);
+  const int64_t widest = most_rows <= ROWS_IN_PLACE ? TILE_COLUMNS : PANEL_COLUMNS;
+  const int64_t width = columns_per_task(widest, LEAST_COLUMNS, p.hidden, 1, threads);
   const int64_t blocks = (p.hidden + width - 1) / width;
   int64_t chunk = std::min(most, p.tokens);
   while (chunk > least && blocks * ((p.tokens + chunk - 1) / chunk) < 2 * threads) chunk = (chunk + 1) / 2;
@@ -217,7 +220,7 @@ inline void first_product(
     for (int64_t i = 0; i < count; ++i) {
       const int64_t s = task.begin + first + i;
       const float weight = p.weight_on_input ? r.weight[s] : 1.f;
-      activate(space.tile + i * TILE_COLUMNS, bias, weight, task.count, act + s * act_stride + task.first);
+      activate(space.tile + i * TILE_STRIDE, bias, weight, task.count, act + s * act_stride + task.first);
     }
   });
 }
@@ -225,9 +228,8 @@ inline void first_product(
 inline void second_product(
     const Problem& p, const Routing& r, const Task& task, const Operand* act, int64_t act_stride, float* sums,
     const Workspace& space, Rows& rows) {
-  Columns groups[2];
+  const Columns columns{task.first, 1, task.count};
   float bias[TILE_COLUMNS];
-  const int group_count = split(task.first, task.count, groups);
   std::fill(sums, sums + (task.end - task.begin) * TILE_COLUMNS, 0.f);
   for (const int64_t e : r.used) {
     const auto bound = [&](int64_t token) {
@@ -235,15 +237,15 @@ inline void second_product(
     };
     const int64_t begin = bound(task.begin), end = bound(task.end);
     if (begin == end) continue;
-    load_bias(p.b2, e, groups, group_count, bias);
+    load_bias(p.b2, e, &columns, 1, bias);
     rows.clear();
     for (int64_t s = begin; s < end; ++s) rows.push_back(act + s * act_stride);
     const Matrix w{p.w2 + e * p.w2_expert, p.w2_stride, p.inner};
-    multiply(w, groups, group_count, rows.data(), rows.size(), space, [&](int64_t first, int64_t count) {
+    multiply(w, &columns, 1, rows.data(), rows.size(), space, [&](int64_t first, int64_t count) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t s = begin + first + i;
         const V weight(p.weight_on_input ? 1.f : r.weight[s]);
-        const float* c = space.tile + i * TILE_COLUMNS;
+        const float* c = space.tile + i * TILE_STRIDE;
         float* sum = sums + (r.token[s] - task.begin) * TILE_COLUMNS;
         for (int64_t j = 0; j < task.count; j += L)
           at::vec::fmadd(V::loadu(c + j) + V::loadu(bias + j), weight, V::loadu(sum + j)).store(sum + j);
@@ -271,10 +273,10 @@ struct Buffer {
 };
 
 inline void moe(const Problem& p, const Routing& r, int threads) {
-  const std::vector<Task> first = first_tasks(p, r, threads), second = second_tasks(p, threads);
   int64_t most_rows = 1, most_tokens = 0;
-  for (const Task& t : second) most_tokens = std::max(most_tokens, t.end - t.begin);
   for (const int64_t e : r.used) most_rows = std::max(most_rows, r.begin[e + 1] - r.begin[e]);
+  const std::vector<Task> first = first_tasks(p, r, threads), second = second_tasks(p, most_rows, threads);
+  for (const Task& t : second) most_tokens = std::max(most_tokens, t.end - t.begin);
   // Rows that start a multiple of 4 KiB apart would compete for the same lines of the L1 cache.
   const int64_t act_stride = (p.inner + 31) / 32 * 32 + 32;
   const int64_t panel = (depth(std::max(p.hidden, p.inner)) + UNIT - 1) / UNIT * NR;
@@ -282,9 +284,8 @@ inline void moe(const Problem& p, const Routing& r, int threads) {
   Buffer<Operand> copy(std::is_same_v<Operand, Weight> ? 0 : p.tokens * depth(p.hidden));
 #pragma omp parallel num_threads(threads)
   {
-    Buffer<float> tile(TILE_ROWS * TILE_COLUMNS), sums(most_tokens * TILE_COLUMNS);
+    Buffer<float> tile(TILE_ROWS * TILE_STRIDE), sums(most_tokens * TILE_STRIDE);
     Buffer<uint32_t> panels(2 * panel);
-    std::fill(tile.data, tile.data + TILE_ROWS * TILE_COLUMNS, 0.f);
     const Workspace space{tile.data, panels.data};
     Rows rows;
     rows.reserve(most_rows);

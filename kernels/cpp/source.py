@@ -48,7 +48,7 @@ def moe_source(dtype: torch.dtype, layout: GateUpLayout, transposed: bool, activ
         "BRAZE_LAYOUT_INTERLEAVED": layout == "interleaved",
         "BRAZE_LAYOUT_NONE": layout == "none",
         "BRAZE_BF16_DOT": bf16_dot,
-        "BRAZE_DOT_ROWS": 16 if dtype == torch.bfloat16 else 32,
+        "BRAZE_ROWS_IN_PLACE": _rows_in_place(dtype, transposed),
     }
     return "\n".join(
         (
@@ -60,12 +60,19 @@ def moe_source(dtype: torch.dtype, layout: GateUpLayout, transposed: bool, activ
             *(f"#define {name} {int(value)}" for name, value in constants.items()),
             "namespace {",
             f"using Weight = {_TYPES[dtype]};",
-            _header("gemm.h"),
+            *(_header(name) for name in ("vector.h", "dot.h", "panel.h", "strip.h", "product.h")),
             _header("activation.h"),
             f"inline V activation(V g, V u) {{ return {expression}; }}",
             _header("moe.h"),
         )
     )
+
+
+def _rows_in_place(dtype: torch.dtype, transposed: bool) -> int:
+    """The most rows of an expert for which its weights are read as they lie rather than packed first: measured."""
+    if transposed:
+        return 24
+    return 16 if dtype == torch.bfloat16 else 32
 
 
 @cache

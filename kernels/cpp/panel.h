@@ -1,0 +1,114 @@
+// Products with packed columns: a panel [K][NR] of 4-byte units (one float, or two bfloat16 for the CPU's own bf16 dot where
+// that is the faster one), which stays in L2 while all rows pass over it.
+
+#if BRAZE_TRANSPOSED
+// Rows of the weight are runs of columns already: widen them, or interleave two for pairs along K.
+inline void pack(const Matrix& w, Columns columns, uint32_t* panel) {
+  const Weight* src = w.column(columns.first);
+#if BRAZE_PAIRED
+  const int64_t units = (w.k + UNIT - 1) / UNIT;
+  const __mmask32 valid = (__mmask32)((uint64_t(1) << columns.count) - 1);
+  for (int64_t u = 0; u < units; ++u, panel += NR) {
+    const __m512i even = _mm512_maskz_loadu_epi16(valid, src + 2 * u * w.stride);
+    const __m512i odd = _mm512_maskz_loadu_epi16(2 * u + 1 < w.k ? valid : 0, src + (2 * u + 1) * w.stride);
+    prefetch(src + (2 * u + 16) * w.stride);
+    prefetch(src + (2 * u + 17) * w.stride);
+    const __m512i lo = _mm512_or_si512(
+        _mm512_cvtepu16_epi32(_mm512_castsi512_si256(even)),
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(odd)), 16));
+    const __m512i hi = _mm512_or_si512(
+        _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(even, 1)),
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(odd, 1)), 16));
+    _mm512_storeu_si512(panel, lo);
+    _mm512_storeu_si512(panel + L, hi);
+  }
+#else
+  for (int64_t k = 0; k < w.k; ++k) {
+    const Weight* row = src + k * w.stride;
+    uint32_t* dst = panel + k * NR;
+    prefetch(row + 16 * w.stride);
+    for (int half = 0; half < 2; ++half) {
+      const int left = std::clamp<int>(columns.count - half * L, 0, L);
+      const V v = left == L ? load_wide(row + half * L) : load_wide(row + half * L, left);
+      v.store(dst + half * L);
+    }
+  }
+#endif
+}
+#else
+constexpr int WORD = 4 / sizeof(Weight);  // weights in 4 bytes
+
+// dst[u][j] = the u-th word of column j, for `valid` <= L columns and `elements` <= L * WORD weights each, else zero.
+inline void transpose_words(const Weight* src, int64_t pitch, int64_t valid, int64_t elements, float* dst, int64_t ld) {
+  if (valid == L && elements == L * WORD && pitch % WORD == 0)
+    return at::vec::transpose_mxn<float, L, L>(reinterpret_cast<const float*>(src), pitch / WORD, dst, ld);
+  alignas(64) float buffer[L][L] = {};
+  for (int64_t j = 0; j < valid; ++j) std::memcpy(buffer[j], src + j * pitch, elements * sizeof(Weight));
+  at::vec::transpose_mxn<float, L, L>(&buffer[0][0], L, dst, ld);
+}
+
+// L columns x L words are transposed at a time.
+inline void pack(const Matrix& w, Columns columns, uint32_t* panel) {
+  const int64_t pitch = columns.step * w.stride;
+  for (int64_t n = 0; n < NR; n += L) {
+    const int64_t valid = std::clamp<int64_t>(columns.count - n, 0, L);
+    for (int64_t k = 0; k < w.k; k += L * WORD) {
+      const int64_t elements = std::min<int64_t>(L * WORD, w.k - k);
+      const Weight* src = w.column(columns.first + (valid > 0 ? n : 0) * columns.step) + k;
+      for (int64_t j = 0; j < valid; ++j) prefetch(src + j * pitch + 2 * L * WORD);
+      alignas(64) float words[L][L];
+      transpose_words(src, pitch, valid, elements, &words[0][0], L);
+      for (int u = 0; u < L; ++u) {
+#if BRAZE_SPLIT
+        const __m512i both = _mm512_load_si512(words[u]);
+        part<0>(both).store(panel + (k + u) * NR + n);
+        part<1>(both).store(panel + (k + L + u) * NR + n);
+#else
+        if (k + u * WORD >= w.k) break;
+        if constexpr (UNIT == WORD) {
+          V::loadu(words[u]).store(panel + (k / UNIT + u) * NR + n);
+        } else {
+          const Weight* pairs = reinterpret_cast<const Weight*>(words[u]);
+          for (int i = 0; i < WORD && k + u * WORD + i < w.k; ++i) {
+            alignas(64) Weight one[L];
+            for (int j = 0; j < L; ++j) one[j] = pairs[j * WORD + i];
+            load_wide(one).store(panel + (k + u * WORD + i) * NR + n);
+          }
+        }
+#endif
+      }
+    }
+  }
+}
+#endif
+
+// c[m][0:NR] = rows[m] @ panel
+template <int M>
+inline void panel_tile(const Operand* const* rows, const uint32_t* panel, int64_t k, float* c) {
+  V acc[M][2];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = V(0.f);
+  int64_t i = 0;
+  for (; i + UNIT <= k; i += UNIT, panel += NR) {
+    const Step b0 = load_unit(panel), b1 = load_unit(panel + L);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const Step a = splat(rows[m] + i);
+      acc[m][0] = madd(a, b0, acc[m][0]);
+      acc[m][1] = madd(a, b1, acc[m][1]);
+    }
+  }
+  if (i < k) {
+    const Step b0 = load_unit(panel), b1 = load_unit(panel + L);
+    for (int m = 0; m < M; ++m) {
+      const Step a = splat_last(rows[m] + i);
+      acc[m][0] = madd(a, b0, acc[m][0]);
+      acc[m][1] = madd(a, b1, acc[m][1]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    acc[m][0].store(c + m * TILE_STRIDE);
+    acc[m][1].store(c + m * TILE_STRIDE + L);
+  }
+}

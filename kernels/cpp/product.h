@@ -1,0 +1,41 @@
+// Products of a few gathered rows with a block of one expert's columns, into a small fp32 tile: in place where rows are few
+// (dot.h, strip.h), on packed columns otherwise (panel.h).
+
+// Where a product leaves its results, and its panels; one a thread.
+struct Workspace {
+  float* tile;       // [TILE_ROWS][TILE_STRIDE]
+  uint32_t* panels;  // [2][K / UNIT][NR]
+};
+
+// rows [count] times one or two groups of columns; group i lies at tile[:, i * GROUP :]. `done(first, count)` is called
+// for each run of rows once the tile holds it. More than ROWS_IN_PLACE rows take PANEL_COLUMNS columns in all.
+template <class Done>
+inline void multiply(
+    const Matrix& w, const Columns* groups, int group_count, const Operand* const* rows, int64_t count,
+    const Workspace& space, Done&& done) {
+  if (count <= ROWS_IN_PLACE) {
+    for (int g = 0; g < group_count; ++g)
+      (BRAZE_TRANSPOSED ? strip_block : dot_block)(w, groups[g], rows, count, space.tile + g * GROUP);
+    done(0, count);
+    return;
+  }
+  const int64_t size = (depth(w.k) + UNIT - 1) / UNIT * NR;
+  float* place[2];
+  int panels = 0;
+  for (int g = 0; g < group_count; ++g)
+    for (int64_t n = 0; n < groups[g].count; n += NR) {
+      const Columns some{groups[g].first + n * groups[g].step, groups[g].step, std::min<int64_t>(NR, groups[g].count - n)};
+      pack(w, some, space.panels + panels * size);
+      place[panels++] = space.tile + g * GROUP + n;
+    }
+  const int64_t tiles = (count + MR - 1) / MR;
+  for (int64_t t = 0, first = 0; t < tiles; ++t) {
+    const int m = (count - first + tiles - t - 1) / (tiles - t);
+    for (int i = 0; i < panels; ++i)
+      with_height<MR>(m, [&](auto height) {
+        panel_tile<height()>(rows + first, space.panels + i * size, depth(w.k), place[i]);
+      });
+    done(first, m);
+    first += m;
+  }
+}
