@@ -1,5 +1,5 @@
-// Products with packed columns: a panel [K][NR] of 4-byte units (one float, or two bfloat16 for the CPU's own bf16 dot where
-// that is the faster one), which stays in L2 while all rows pass over it.
+// Products with packed columns: a panel [K][NR] of 4-byte units (one float, or two bfloat16 for the CPU's own bf16 dot
+// where that is the faster one), which stays in L2 while all rows pass over it.
 
 #if BRAZE_TRANSPOSED
 // Rows of the weight are runs of columns already: widen them, or interleave two for pairs along K.

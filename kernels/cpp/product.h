@@ -1,5 +1,5 @@
-// Products of a few gathered rows with a block of one expert's columns, into a small fp32 tile: in place where rows are few
-// (dot.h, strip.h), on packed columns otherwise (panel.h).
+// Products of a few gathered rows with a block of one expert's columns, into a small fp32 tile: in place where rows are
+// few (dot.h, strip.h), on packed columns otherwise (panel.h).
 
 // Where a product leaves its results, and its panels; one a thread.
 struct Workspace {
@@ -24,8 +24,8 @@ inline void multiply(
   int panels = 0;
   for (int g = 0; g < group_count; ++g)
     for (int64_t n = 0; n < groups[g].count; n += NR) {
-      const Columns some{groups[g].first + n * groups[g].step, groups[g].step, std::min<int64_t>(NR, groups[g].count - n)};
-      pack(w, some, space.panels + panels * size);
+      const int64_t step = groups[g].step;
+      pack(w, {groups[g].first + n * step, step, std::min<int64_t>(NR, groups[g].count - n)}, space.panels + panels * size);
       place[panels++] = space.tile + g * GROUP + n;
     }
   const int64_t tiles = (count + MR - 1) / MR;

@@ -1,11 +1,11 @@
 // Products that read rows of weights in place: for few rows, where a weight is contiguous along N.
 //
-// A few rows of weights are walked together along all columns of the task, their sums kept in the tile: so that memory is
-// read in long runs, each page once or twice. (Short runs a row apart cost more in address translation than in reading.)
+// A few rows of weights are walked together along all columns of the task, their sums kept in the tile: memory is read
+// in long runs, each page once or twice.
 
 constexpr int STRIP_DEPTH = L == 16 ? 8 : 4;  // rows of weights walked together
 
-// c[m][0 : count] += rows[m][k : k + D] @ w[0 : D][0 : count] for M rows; the rows of weights D further on are prefetched.
+// c[m][0 : count] += rows[m][k : k + D] @ w[0 : D][0 : count] for M rows; what lies `ahead` elements on is prefetched.
 template <int M, int D>
 inline void strip_rows(
     const Operand* const* rows, int64_t k, const Weight* w, int64_t stride, int64_t ahead, int64_t count, float* c) {
@@ -36,7 +36,7 @@ inline void strip_rows(
 }
 
 inline void strip_block(const Matrix& w, Columns columns, const Operand* const* rows, int count, float* c) {
-  for (int m = 0; m < count; ++m) std::fill(c + m * TILE_STRIDE, c + m * TILE_STRIDE + (columns.count + L - 1) / L * L, 0.f);
+  for (int m = 0; m < count; ++m) std::fill_n(c + m * TILE_STRIDE, (columns.count + L - 1) / L * L, 0.f);
   const int tiles = (count + STRIP_ROWS - 1) / STRIP_ROWS;
   for (int64_t k = 0; k < w.k;) {
     const int64_t depth = k + STRIP_DEPTH <= w.k ? STRIP_DEPTH : 1;
