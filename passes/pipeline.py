@@ -16,6 +16,7 @@ from torch import fx
 
 from braze.passes import experts, proof, rope, routers
 from braze.passes.elements import Sizes
+from braze.passes.proofs import Proofs
 from braze.passes.rewrite import clean, rewrite, source_nodes
 from braze.passes.sites import Finding, Kind, MoeSite, NearMiss, RopeSite, RouterSite, Site, source_line
 
@@ -45,7 +46,7 @@ def run(graph: fx.Graph, disable: Collection[Kind] = (), strict: bool = False) -
     leaves its site unfused; with `strict` it is raised."""
     result = Result()
     began = time.perf_counter()
-    prove = _Proofs(proof.bindings(graph))
+    prove = Proofs(graph)
     for kind, find in _RECOGNISERS:
         if kind in disable:
             continue
@@ -71,25 +72,7 @@ def _guarded(work: Callable[[], Any], what: str, otherwise: Any, strict: bool, r
         return otherwise
 
 
-class _Proofs:
-    """Proves sites under every binding of the sizes; routers that compute the same are proven once."""
-
-    def __init__(self, sizes: Sequence[Sizes]) -> None:
-        self.sizes = sizes
-        self.routers: dict[str, str] = {}
-
-    def __call__(self, site: Site) -> str:
-        """The outcome in words; `proof.Refused` where the site is not what it was taken for."""
-        if isinstance(site, RopeSite):
-            return proof.rope(site, self.sizes)
-        if isinstance(site, MoeSite):
-            return proof.moe(site, self.sizes)
-        if site.signature not in self.routers:
-            self.routers[site.signature] = proof.router(site, self.sizes)
-        return self.routers[site.signature]
-
-
-def _fuse(site: Site, kind: Kind, prove: _Proofs, result: Result) -> None:
+def _fuse(site: Site, kind: Kind, prove: Proofs, result: Result) -> None:
     source = source_line(source_nodes(site))
     name = site.root.name
     try:

@@ -18,6 +18,7 @@ from braze.passes.elements import Elements, Expr, Position, Sizes, Unknown
 from braze.passes.linear import TooLarge, polynomial
 from braze.passes.sites import NearMiss, RopeSite, source_line
 from braze.passes.tables import NoTable, Table, table
+from braze.passes.twins import Subgraph, evaluated, subgraph
 
 aten = torch.ops.aten
 _CAST = torch.ops.prims.convert_element_type.default
@@ -81,17 +82,31 @@ class Row:
     taps: tuple[dict[int, tuple[float, Expr | None]], ...]
 
 
+@dataclass(frozen=True)
+class Form:
+    """A rotation's attributes and the tables that hold its coefficients."""
+
+    spec: RopeSpec
+    cos: Table
+    sin: Table
+
+
+#: The forms of the rotations that were worked out, with the subgraphs they were found in.
+Known = dict[object, tuple[Subgraph, Form]]
+
+
 def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[RopeSite], list[NearMiss]]:
     """Every rotation of the graph, and what nearly was one. Tables that need new view nodes get them, before root."""
     sites: dict[fx.Node, RopeSite] = {}
     misses: dict[fx.Node, NearMiss] = {}
+    known: Known = {}
     for root in list(graph.nodes):
         if not _may_be_root(root, sizes):
             continue
         cone = _cone(root)
         inner = [n for n in cone if n in sites]
         try:
-            site = _match(root, cone, sizes)
+            site = _match(root, cone, sizes, known)
         except NoRotation as e:
             if e.near and not inner:
                 misses[root] = NearMiss("rope", root.name, "find", str(e), source_line([root]))
@@ -163,14 +178,14 @@ def _candidates(root: fx.Node, cone: dict[fx.Node, int]) -> Iterator[fx.Node]:
                 yield node
 
 
-def _match(root: fx.Node, cone: dict[fx.Node, int], sizes: Sizes) -> RopeSite:
+def _match(root: fx.Node, cone: dict[fx.Node, int], sizes: Sizes, known: Known) -> RopeSite:
     found: list[RopeSite] = []
     closest = NoRotation("no tensor is tapped twice an element")
     for x in _candidates(root, cone):
         if x.meta["val"].ndim != root.meta["val"].ndim or not _same_shape(x, root):
             continue
         try:
-            found.append(_rotation(root, x, cone, sizes))
+            found.append(_rotation(root, x, cone, sizes, known))
         except NoRotation as e:
             closest = e if e.near else closest
         except (Unknown, TooLarge):
@@ -199,13 +214,34 @@ def _projected(node: fx.Node, depth: int = 24) -> bool:
     return False
 
 
-def _rotation(root: fx.Node, x: fx.Node, cone: dict[fx.Node, int], sizes: Sizes) -> RopeSite:
-    """root as a rotation of x; NoRotation where it is none."""
+def _rotation(root: fx.Node, x: fx.Node, cone: dict[fx.Node, int], sizes: Sizes, known: Known) -> RopeSite:
+    """root as a rotation of x; NoRotation where it is none. What is known of a twin is not worked out again."""
     between = _between(root, x, cone)
     ev = Elements(sizes, stop=lambda n: n is x or n not in between)
     shape = ev.shape(root)
-    head = shape[-1]
     _row(ev, root, x, (0,) * (len(shape) - 1), 1)
+    here = subgraph([root], [x], evaluated)
+    key = (here.text, frozenset(map(here.number, between))) if here is not None else None
+    if here is not None and key in known:
+        there, form = known[key]
+        form = replace(form, cos=_moved(form.cos, there, here), sin=_moved(form.sin, there, here))
+    else:
+        form = _form_of(root, x, ev, sizes)
+        if here is not None and key is not None and {form.cos.base, form.sin.base} <= set(here.nodes):
+            known[key] = here, form
+    spec = form.spec
+    return RopeSite(root, x, form.cos.node(root), form.sin.node(root), spec, _words(spec, shape[-1]))
+
+
+def _moved(table_: Table, there: Subgraph, here: Subgraph) -> Table:
+    number = there.number(table_.base)
+    assert number is not None
+    return replace(table_, base=here.nodes[number])
+
+
+def _form_of(root: fx.Node, x: fx.Node, ev: Elements, sizes: Sizes) -> Form:
+    shape = ev.shape(root)
+    head = shape[-1]
     rows = {p: _row(ev, root, x, p, head) for p in positions(shape[:-1])}
     first = next(iter(rows.values()))
     start, rotary = _rotary_range(first)
@@ -227,8 +263,7 @@ def _rotation(root: fx.Node, x: fx.Node, cone: dict[fx.Node, int], sizes: Sizes)
     except NoTable as e:
         raise NoRotation(str(e), near=True) from None
     cos, sin = _same_width(cos, sin)
-    spec = RopeSpec(rotary, start, layout_in, layout_out, inverse, root.meta["val"].dtype)
-    return RopeSite(root, x, cos.node(root), sin.node(root), spec, _form(spec, head))
+    return Form(RopeSpec(rotary, start, layout_in, layout_out, inverse, root.meta["val"].dtype), cos, sin)
 
 
 def _between(root: fx.Node, x: fx.Node, cone: dict[fx.Node, int]) -> set[fx.Node]:
@@ -371,7 +406,7 @@ def _with_casts(site: RopeSite) -> RopeSite:
     return replace(site, root=root, x=x, spec=spec)
 
 
-def _form(spec: RopeSpec, head: int) -> str:
+def _words(spec: RopeSpec, head: int) -> str:
     """The normal form in words."""
     name: str = spec.layout_in if spec.layout_in == spec.layout_out else f"{spec.layout_in} to {spec.layout_out}"
     if spec.rotary_dim < head:

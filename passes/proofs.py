@@ -1,0 +1,53 @@
+"""Proofs of one graph's sites, each computation once: sites of twin layers (braze.passes.twins) share their proof.
+
+A proof depends on the subgraph between a site's inputs and what the op would replace, on the op's attributes and on the
+bindings of symbolic sizes; where these are equal, so is its outcome. Refusals are not shared: they name nodes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from braze.passes import proof
+from braze.passes.elements import Sizes
+from braze.passes.sites import MoeSite, RopeSite, RouterSite, Site
+from braze.passes.twins import evaluated, subgraph
+
+
+class Proofs:
+    """Proves sites of `graph` under two bindings of its symbolic sizes, where it has any."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.sizes = proof.bindings(graph)
+        self._known: dict[object, str] = {}
+
+    def __call__(self, site: Site) -> str:
+        """The outcome in words; `proof.Refused` where the site is not what it was taken for."""
+        key = proven_by(site)
+        if key is not None and key in self._known:
+            return self._known[key]
+        outcome = _prove(site, self.sizes)
+        if key is not None:
+            self._known[key] = outcome
+        return outcome
+
+
+def _prove(site: Site, sizes: Sequence[Sizes]) -> str:
+    if isinstance(site, RopeSite):
+        return proof.rope(site, sizes)
+    return proof.moe(site, sizes) if isinstance(site, MoeSite) else proof.router(site, sizes)
+
+
+def proven_by(site: Site) -> object | None:
+    """All that a site's proof depends on, to compare by; None where that is too much."""
+    if isinstance(site, RopeSite):
+        between = subgraph([site.root, site.cos, site.sin], [site.x], evaluated)
+        return None if between is None else (site.spec, between.text)
+    if isinstance(site, RouterSite):
+        return site.signature
+    flat = site.ids.args[0] if site.ids.target is torch.ops.aten.reshape.default else None
+    given = (site.x, site.ids, site.values, site.w1, site.w2, site.b1, site.b2, flat)
+    fed = [n if isinstance(n, fx.Node) else None for n in given]
+    between = subgraph([site.root, site.weights], [n for n in fed if n is not None])
+    return None if between is None else (site.spec, site.masked, tuple(n is None for n in fed), between.text)
