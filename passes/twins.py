@@ -39,7 +39,8 @@ def subgraph(
 ) -> Subgraph | None:
     """What `outputs` are computed from, back to `inputs` and to nodes for which `inside` does not hold; None if too large.
 
-    A node where it ends is told by its op and by what it gives alone; that it occurs twice shows in its number.
+    An input is told by what it gives alone, another node where it ends by its op as well; that it occurs twice shows in its
+    number.
     """
     numbers: dict[fx.Node, int] = {}
     text: list[Any] = []
@@ -55,14 +56,20 @@ def subgraph(
             return None
         for node in list(numbers)[done:]:
             done += 1
-            parts = () if node in inputs or node.op != "call_function" or not inside(node) else _written(node, number)
-            text.append((node.op, node.target if node.op == "call_function" else None, parts, _gives(node)))
+            text.append(("given",) if node in inputs else _made(node, inside, number))
+            text.append(_gives(node))
     return Subgraph((tuple(ends), tuple(starts), *text), tuple(numbers))
 
 
 def evaluated(node: fx.Node) -> bool:
     """Whether element-wise evaluation may look behind a node: it has a rule, or is one of an op's several results."""
     return node.target in HANDLERS or not isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _made(node: fx.Node, inside: Callable[[fx.Node], bool], number: Callable[[fx.Node], int]) -> tuple[Any, ...]:
+    if node.op != "call_function":
+        return (node.op,)
+    return (node.op, node.target, _written(node, number) if inside(node) else ())
 
 
 def _written(node: fx.Node, number: Callable[[fx.Node], int]) -> tuple[Any, ...]:
