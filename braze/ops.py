@@ -12,6 +12,7 @@ from torch import Tensor
 
 from braze.kernels import aten
 from braze.kernels.cpp import moe as cpp_moe
+from braze.kernels.cpp import route as cpp_route
 from braze.kernels.spec import MoeSpec, RopeSpec, RouteSpec
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
@@ -150,13 +151,17 @@ def _route_fake(logits: Tensor, bias: Tensor | None = None, **attributes: Any) -
     return weights, logits.new_empty((*lead, spec.top_k), dtype=spec.ids_dtype)
 
 
+_ROUTE_KERNELS: dict[str, Any] = {"cpu": cpp_route, "cuda": triton_route, "xpu": triton_route}
+
+
 @torch.library.impl("braze::route", "CompositeExplicitAutograd")
 def _route(logits: Tensor, bias: Tensor | None = None, **attributes: Any) -> tuple[Tensor, Tensor]:
     spec = _route_spec(**attributes)
     check_route(logits, bias, spec)
-    if triton_route.supports(logits, bias, spec) is None:
-        return triton_route.run(logits, bias, spec)
-    return aten.route(logits, bias, spec)
+    kernel = _ROUTE_KERNELS.get(logits.device.type)
+    if kernel is None or kernel.supports(logits, bias, spec):
+        return aten.route(logits, bias, spec)
+    return kernel.run(logits, bias, spec)  # type: ignore[no-any-return]
 
 
 _route_spec = lru_cache(maxsize=256)(RouteSpec)

@@ -16,7 +16,7 @@ from braze.passes.sites import KINDS, Kind
 KERNELS: dict[Kind, tuple[str, ...]] = {
     "rope": ("auto", "pointwise", "triton"),
     "moe": ("auto", "cpp", "triton", "aten"),
-    "router": ("auto", "triton", "aten"),
+    "router": ("auto", "cpp", "triton", "aten"),
 }
 
 #: name -> (type, default, what it does), in the order of the documentation
@@ -30,7 +30,7 @@ DOCUMENTED: dict[str, tuple[str, str, str]] = {
         "dict of kind to kernel", "{}",
         "Asks for a kernel instead of the best one, where it can run: "
         '{"rope": "auto" | "pointwise" | "triton", "moe": "auto" | "cpp" | "triton" | "aten", '
-        '"router": "auto" | "triton" | "aten"}.',
+        '"router": "auto" | "cpp" | "triton" | "aten"}.',
     ),
 }  # fmt: skip
 

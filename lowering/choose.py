@@ -5,6 +5,7 @@ from typing import Any
 from torch import fx
 
 from braze.kernels.cpp import moe as cpp_moe
+from braze.kernels.cpp import route as cpp_route
 from braze.kernels.spec import MoeSpec, RouteSpec
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
@@ -47,23 +48,32 @@ def choose_moe(call: fx.Node, forced: str) -> tuple[str, str]:
 
 
 def choose_route(call: fx.Node, forced: str) -> tuple[str, str]:
-    """(kernel, why) for a `braze::route` call: "aten" opens it up, "triton" makes it a launch."""
+    """(kernel, why) for a `braze::route` call: "aten" opens it up, "triton" makes it a launch, "cpp" keeps it whole."""
     args: Any = fx.node.map_arg(call.args, lambda n: n.meta["val"])
     attributes: Any = call.kwargs
     logits, bias = (*args, None)[:2]
     composed = "a top-k, and scores only where they are needed, fused by Inductor"
+    name, kernel, why = _ROUTE.get(logits.device.type, (None, None, ""))
     if forced == "aten":
         return "aten", "asked for"
-    if logits.device.type not in _ROUTE:
+    if kernel is None or forced not in ("auto", name):
         return "aten", composed
-    refusal = triton_route.supports(logits, bias, RouteSpec(**attributes))
+    size = logits.numel()
+    if kernel is cpp_route and forced == "auto" and not (isinstance(size, int) and size >= cpp_route.WORTH):
+        return "aten", f"{composed}; a call of the C++ kernel costs more than it saves for so few tokens"
+    refusal = kernel.supports(logits, bias, RouteSpec(**attributes))
     if refusal is not None:
-        return "aten", f"{composed}; the Triton kernel does not take this ({refusal})"
-    return "triton", "asked for" if forced == "triton" else "one launch from logits to weights and ids"
+        return "aten", f"{composed}; the {name} kernel does not take this ({refusal})"
+    return name, "asked for" if forced == name else why
 
 
-#: devices on which a router is one launch
-_ROUTE = {"cuda", "xpu"}
+_ROUTE_TRITON = ("triton", triton_route, "one launch from logits to weights and ids")
+#: device -> (name, module, why) of a router's kernel
+_ROUTE: dict[str, Any] = {
+    "cpu": ("cpp", cpp_route, "one C++ call that reads the logits once"),
+    "cuda": _ROUTE_TRITON,
+    "xpu": _ROUTE_TRITON,
+}
 _TRITON = ("triton", triton_moe, "two products whose rows, bias, activation and weights are handled inside them")
 #: device -> (name, module, why) of its kernel
 _MOE: dict[str, Any] = {

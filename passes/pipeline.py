@@ -1,8 +1,7 @@
 """The order of the passes over one graph: experts, their routers, rotations; find, prove, rewrite; nothing half done.
 
 Experts come first since their subgraphs are the larger ones, and a router is found from the experts it feeds; no two sites
-share a node that is rewritten. A site
-that fails its proof or its rewrite leaves the graph as it was, and a near miss.
+share a node that is rewritten. A site that fails its proof or its rewrite leaves the graph as it was, and a near miss.
 """
 
 import logging

@@ -45,7 +45,9 @@ def proven_by(site: Site) -> object | None:
         between = subgraph([site.root, site.cos, site.sin], [site.x], evaluated)
         return None if between is None else (site.spec, between.text)
     if isinstance(site, RouterSite):
-        return site.signature
+        cut = (site.logits,) if site.bias is None else (site.logits, site.bias)
+        between = subgraph([site.weights, site.ids], cut)
+        return None if between is None else (site.spec, between.text)
     flat = site.ids.args[0] if site.ids.target is torch.ops.aten.reshape.default else None
     given = (site.x, site.ids, site.values, site.w1, site.w2, site.b1, site.b2, flat)
     fed = [n if isinstance(n, fx.Node) else None for n in given]

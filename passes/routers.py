@@ -6,7 +6,7 @@ constants are read from the graph, the scale is measured. Monotone scorings, spe
 """
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -19,6 +19,7 @@ from braze.passes.elements import Sizes, Unknown
 from braze.passes.probes import Probe, agree, epsilons, probes, results
 from braze.passes.products import is_product
 from braze.passes.sites import NearMiss, RouterSite, source_line
+from braze.passes.twins import subgraph
 
 aten = torch.ops.aten
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.baddbmm.default, aten.linear.default)
@@ -61,7 +62,7 @@ def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[RouterSite], list[NearMiss
     """Every router of the graph's `braze::moe` calls, and for each call without one, the reason."""
     sites: dict[tuple[fx.Node, fx.Node], RouterSite] = {}
     misses: list[NearMiss] = []
-    known: dict[str, RouteSpec | NoRouter] = {}
+    known: dict[Hashable, RouteSpec | NoRouter] = {}
     for call in graph.find_nodes(op="call_function", target=torch.ops.braze.moe.default):
         ids, weights = call.args[1:3]
         if "placeholder" in (ids.op, weights.op):
@@ -74,7 +75,7 @@ def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[RouterSite], list[NearMiss
     return list(sites.values()), misses
 
 
-def _site(ids: fx.Node, weights: fx.Node, sizes: Sizes, known: dict[str, RouteSpec | NoRouter]) -> RouterSite:
+def _site(ids: fx.Node, weights: fx.Node, sizes: Sizes, known: dict[Hashable, RouteSpec | NoRouter]) -> RouterSite:
     chosen = _chosen(ids)
     reason: NoRouter = _Unrelated(f"the weights {weights.name} do not come from the scores that chose the experts")
     for result in _weight_nodes(weights, chosen, sizes):
@@ -90,7 +91,7 @@ def _site(ids: fx.Node, weights: fx.Node, sizes: Sizes, known: dict[str, RouteSp
             except (NoRouter, small.CannotShrink) as e:
                 reason = max(reason, e if isinstance(e, NoRouter) else NoRouter(str(e)), key=lambda r: r.weight)
                 continue
-            return RouterSite(result, chosen, logits, cut.bias, spec, key)
+            return RouterSite(result, chosen, logits, cut.bias, spec)
     raise reason
 
 
@@ -247,24 +248,11 @@ def _check_private(inner: tuple[fx.Node, ...], results: tuple[fx.Node, fx.Node])
                 raise NoRouter(f"{node.name}, which the top-k leads to, is also used by {user.name}")
 
 
-def _signature(cut: Cut) -> str:
-    """Text that two cuts share only if they compute the same: targets, arguments, shapes and dtypes, nodes numbered."""
-    number = {cut.logits: "logits", cut.bias: "bias"}
-    lines = [f"{number[n]} {_type(n)}" for n in (cut.logits, cut.bias) if n is not None]
-    for i, node in enumerate(cut.inner):
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _Name(number[n]))
-        lines.append(f"{node.target} {args} {kwargs} {_type(node)}")
-        number[node] = str(i)
-    return "\n".join([*lines, number[cut.weights], number[cut.ids]])
-
-
-class _Name(str):
-    __slots__ = ()
-
-
-def _type(node: fx.Node) -> str:
-    value = node.meta.get("val")
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else str(value)
+def _signature(cut: Cut) -> Hashable:
+    """What two cuts share only if they compute the same."""
+    inputs = (cut.logits,) if cut.bias is None else (cut.logits, cut.bias)
+    found = subgraph((cut.weights, cut.ids), inputs)
+    return found.text if found is not None else cut.ids
 
 
 # --------------------------------------------------------------------------------------------- what it computes

@@ -53,17 +53,13 @@ class MoeSite:
 
 @dataclass(frozen=True)
 class RouterSite:
-    """(weights [..., k], ids [..., k]) = braze::route(logits [..., E], bias [E] or none, spec).
-
-    signature: text that two sites share only if they compute the same.
-    """
+    """(weights [..., k], ids [..., k]) = braze::route(logits [..., E], bias [E] or none, spec)."""
 
     weights: fx.Node
     ids: fx.Node
     logits: fx.Node
     bias: fx.Node | None
     spec: RouteSpec
-    signature: str
 
     @property
     def root(self) -> fx.Node:

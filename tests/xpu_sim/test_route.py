@@ -34,7 +34,7 @@ def test_ties_and_layouts(target: str) -> None:
 @pytest.mark.parametrize("length", [1, 13])
 def test_a_router_is_a_launch_in_the_graph(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layer's router, found and lowered as on a GPU, inside what Inductor makes of the rest."""
-    monkeypatch.setattr(choose, "_ROUTE", {"cpu"})
+    monkeypatch.setattr(choose, "_ROUTE", {"cpu": choose._ROUTE_TRITON})
     monkeypatch.setattr(route, "supports", lambda *_: None)
     router, _ = SPELLINGS["deepseek_v3"]
     given = inputs(length)
