@@ -78,17 +78,46 @@ def grouped_mm_eager(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
 
 
 def route(logits: Tensor, bias: Tensor | None, spec: RouteSpec) -> tuple[Tensor, Tensor]:
-    """As `braze.kernels.reference.route`. Where the largest logits are chosen, only their scores are computed."""
+    """As `braze.kernels.reference.route`. Where the largest logits are chosen, only their scores are computed; groups are
+    ranked by comparisons, which fuse as a top-k does not."""
+    x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     if bias is not None or spec.groups > 1 or spec.shared:
-        return reference.route(logits, bias, spec)
-    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return _route_by_choice(x, bias, spec, logits.dtype)
     values, ids = logits.topk(spec.top_k)
-    values = values.to(acc)
+    values = values.to(x.dtype)
     if spec.scoring != "softmax":
         weights = reference.normalised(reference.scores(values, spec.scoring), spec)
     elif spec.renorm == "add" and spec.eps == 0.0:  # the sum over all experts cancels
         weights = reference.normalised(values.softmax(-1), replace(spec, renorm="no"))
     else:
-        total = logits.to(acc).logsumexp(-1, keepdim=True)
-        weights = reference.normalised((values - total).exp(), spec)
+        weights = reference.normalised((values - x.logsumexp(-1, keepdim=True)).exp(), spec)
     return weights.to(spec.out_dtype or logits.dtype), ids.to(spec.ids_dtype)
+
+
+def _route_by_choice(x: Tensor, bias: Tensor | None, spec: RouteSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x, always = x[..., : x.shape[-1] - spec.shared], x[..., x.shape[-1] - spec.shared :]
+    score = reference.scores(x, spec.scoring)
+    choice = x if spec.select_on == "logits" else score
+    if bias is not None:
+        choice = choice + bias.reshape(-1).to(x.dtype)
+    if spec.groups > 1:
+        grouped = choice.unflatten(-1, (spec.groups, -1))
+        closed = float("-inf") if spec.closed == "out" else 0.0
+        choice = torch.where(_open(grouped, spec)[..., None], grouped, closed).flatten(-2)
+    ids = choice.topk(spec.top_k).indices
+    weights = score.gather(-1, ids)
+    if spec.shared:
+        weights = torch.cat((weights, reference.scores(always, spec.scoring)), -1)
+    return reference.normalised(weights, spec).to(spec.out_dtype or dtype), ids.to(spec.ids_dtype)
+
+
+def _open(grouped: Tensor, spec: RouteSpec) -> Tensor:
+    """Which groups of choices [..., G, size] are open: those than which fewer than top_groups are better."""
+    rank = grouped.amax(-1)
+    if spec.group_score == "top2":
+        place = torch.arange(grouped.shape[-1], device=grouped.device)
+        rank = rank + torch.where(place == grouped.argmax(-1, keepdim=True), float("-inf"), grouped).amax(-1)
+    group = torch.arange(spec.groups, device=grouped.device)
+    other, mine = rank[..., None, :], rank[..., :, None]
+    ahead = (other > mine) | ((other == mine) & (group[None, :] < group[:, None]))
+    return ahead.sum(-1) < spec.top_groups
