@@ -18,7 +18,7 @@ from braze.passes import small
 from braze.passes.elements import Sizes
 
 #: Rows of logits that are tried at least, and runs.
-ROWS, RUNS = 96, 3
+ROWS, RUNS = 96, 2
 TOLERANCE = 1e-9
 MAX_EPSILON = 0.1
 
@@ -83,11 +83,23 @@ def _logits(rows: int, experts: int, depths: Sequence[float], run: int, rng: tor
         (4.0, 0.0),
         *(kind for d in depths for kind in ((d, 0.0), (2 * d, 0.0), (0.0, d), (0.0, 2 * d))),
     ]
-    for row in range(min(rows, ROWS)):
-        below, above = kinds[(row + run) % len(kinds)]
+    for n, row in enumerate(_rows(rows)):
+        below, above = kinds[(n + run) % len(kinds)]
         logits[row] -= below
         logits[row, int(torch.randint(experts, (), generator=rng))] += above
     return logits
+
+
+def _rows(count: int) -> list[int]:
+    """The rows of all kinds: of few, all; of many, some from the first to the last."""
+    return [n * (count - 1) // max(min(count, ROWS) - 1, 1) for n in range(min(count, ROWS))]
+
+
+def sample(run: Probe) -> Probe:
+    """The run's rows of all kinds: enough to tell routers apart, if not to prove one."""
+    picked = torch.tensor(_rows(run.ids.numel() // run.ids.shape[-1]))
+    logits, weights, ids = (t.reshape(-1, t.shape[-1])[picked] for t in (run.logits, run.weights, run.ids))
+    return replace(run, logits=logits, weights=weights, ids=ids)
 
 
 def _in_order(ids: fx.Node) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from braze.kernels.spec import RouteSpec, Scoring
 from braze.passes import small
 from braze.passes.elements import Sizes, Unknown
-from braze.passes.probes import Probe, agree, epsilons, probes, results
+from braze.passes.probes import Probe, agree, epsilons, probes, results, sample
 from braze.passes.products import is_product
 from braze.passes.sites import NearMiss, RouterSite, source_line
 from braze.passes.twins import subgraph
@@ -261,7 +261,7 @@ def _signature(cut: Cut) -> Hashable:
 def _identified(cut: Cut, sizes: Sizes) -> RouteSpec | NoRouter:
     """The attributes with which `braze::route` gives what the cut gives; or why there are none."""
     try:
-        runs = probes(cut, sizes, seed=0)
+        runs = [sample(run) for run in probes(cut, sizes, seed=0)]
     except small.CannotShrink as e:
         return NoRouter(str(e))
     top_k = runs[0].ids.shape[-1]
