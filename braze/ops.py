@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from braze.kernels import aten
+from braze.kernels import aten, separate
 from braze.kernels.cpp import moe as cpp_moe
 from braze.kernels.cpp import route as cpp_route
 from braze.kernels.spec import MoeSpec, RopeSpec, RouteSpec
@@ -19,6 +19,11 @@ from braze.kernels.triton import route as triton_route
 
 MOE_SCHEMA = (
     "(Tensor x, Tensor ids, Tensor weights, Tensor w1, Tensor w2, Tensor? b1=None, Tensor? b2=None, *, "
+    'str activation="g*u*sigmoid(g)", str layout="halves", bool transposed=False, str weight_on="output", '
+    "float scale=1.0, ScalarType? out_dtype=None) -> Tensor"
+)
+SEPARATE_SCHEMA = (
+    "(Tensor x, Tensor ids, Tensor weights, Tensor[] w1, Tensor[] w2, Tensor[] b1, Tensor[] b2, *, "
     'str activation="g*u*sigmoid(g)", str layout="halves", bool transposed=False, str weight_on="output", '
     "float scale=1.0, ScalarType? out_dtype=None) -> Tensor"
 )
@@ -34,6 +39,7 @@ ROUTE_SCHEMA = (
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 torch.library.define("braze::moe", MOE_SCHEMA, tags=_TAGS)
+torch.library.define("braze::moe_separate", SEPARATE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::rope", ROPE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::route", ROUTE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::grouped_mm", "(Tensor x, Tensor w, Tensor offs) -> Tensor", tags=_TAGS)
@@ -126,6 +132,25 @@ def _moe(
 
 
 _moe_spec = lru_cache(maxsize=256)(MoeSpec)
+
+
+@torch.library.register_fake("braze::moe_separate")
+def _separate_fake(
+    x: Tensor, ids: Tensor, weights: Tensor, w1: list[Tensor], w2: list[Tensor], b1: list[Tensor], b2: list[Tensor],
+    **attributes: Any,
+) -> Tensor:  # fmt: skip
+    torch._check(len(w2) > 0 and len(w1) in (len(w2), 2 * len(w2)), lambda: f"moe: {len(w1)} and {len(w2)} weights")
+    torch._check(ids.shape == weights.shape and ids.shape[0] == x.shape[0], lambda: "moe: ids, weights and x differ")
+    torch._check(len(b1) in (0, len(w1)) and len(b2) in (0, len(w2)), lambda: "moe: a bias for each weight, or none")
+    return x.new_empty(x.shape, dtype=MoeSpec(**attributes).out_dtype or x.dtype)
+
+
+@torch.library.impl("braze::moe_separate", "CompositeExplicitAutograd")
+def _separate(
+    x: Tensor, ids: Tensor, weights: Tensor, w1: list[Tensor], w2: list[Tensor], b1: list[Tensor], b2: list[Tensor],
+    **attributes: Any,
+) -> Tensor:  # fmt: skip
+    return separate.moe(x, ids, weights, w1, w2, b1, b2, MoeSpec(**attributes))
 
 
 @torch.library.register_fake("braze::rope")

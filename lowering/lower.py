@@ -25,6 +25,8 @@ def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str
         elif call.target.name() == "braze::route":  # type: ignore[union-attr]
             kernel, why = choose_route(call, forced.get("router", "auto"))
             _apply_route(call, kernel)
+        elif call.target.name() == "braze::moe_separate":  # type: ignore[union-attr]
+            kernel, why = "separate", "one expert after the other, weights where they lie: nothing is stacked"
         else:
             kernel, why = choose_moe(call, forced.get("moe", "auto"))
             _apply_moe(call, kernel)

@@ -17,7 +17,7 @@ from torch import fx
 from braze.kernels.expression import g as G
 from braze.kernels.expression import u as U
 from braze.kernels.spec import GateUpLayout, MoeSpec, WeightOn
-from braze.passes import activation, products
+from braze.passes import activation, products, unrolled
 from braze.passes.dense import sparse_scores
 from braze.passes.elements import Elements, Expr, Position, Sizes, Unknown, leaves, trail
 from braze.passes.linear import TooLarge, polynomial
@@ -70,7 +70,8 @@ def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[MoeSite], list[NearMiss]]:
         except (NoExperts, Unknown, TooLarge) as e:
             if _looks_like_experts(pair, ev):
                 misses.append(NearMiss("moe", node.name, "find", str(e), source_line([node])))
-    return sites, misses
+    loops, loop_misses = unrolled.find(graph, sizes)
+    return sites + loops, misses + loop_misses
 
 
 def _pair(second: fx.Node, ev: Elements) -> Pair | None:

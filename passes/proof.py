@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from braze.kernels import reference
-from braze.passes import element_ops, probes, small  # noqa: F401  (element_ops fills the table that Elements reads)
+from braze.passes import element_ops, probes, separate, small  # noqa: F401  (element_ops fills the table that Elements reads)
 from braze.passes.elements import Elements, Position, Sizes, Unknown
 from braze.passes.numeric import value
 from braze.passes.sites import MoeSite, RopeSite, RouterSite
@@ -147,13 +147,16 @@ def _small_inputs(site: MoeSite, sizes: Sizes) -> dict[fx.Node, Tensor]:
         site.w1: normal(experts, *up, std=2.0),
         site.w2: normal(experts, *down),
     }
-    flat = site.ids.args[0] if site.ids.target is torch.ops.aten.reshape.default else None
-    if isinstance(flat, fx.Node):
-        inputs[flat] = ids.reshape(sizes.shape(flat))
+    for source, view in separate.viewed(site).items():
+        shape = sizes.shape(source)
+        inputs[source] = inputs[view].reshape(*shape[:-1], hidden if view is site.x else shape[-1])
     if site.b1 is not None:
         inputs[site.b1] = normal(experts, gates * inner)
     if site.b2 is not None:
         inputs[site.b2] = normal(experts, hidden)
+    for node in (site.w1, site.w2, site.b1, site.b2):
+        if node is not None:
+            inputs.update(separate.parts_of(node, inputs[node]))
     return inputs
 
 

@@ -6,10 +6,9 @@ bindings of symbolic sizes; where these are equal, so is its outcome. Refusals a
 
 from collections.abc import Sequence
 
-import torch
 from torch import fx
 
-from braze.passes import proof
+from braze.passes import proof, separate
 from braze.passes.elements import Sizes
 from braze.passes.sites import MoeSite, RopeSite, RouterSite, Site
 from braze.passes.twins import evaluated, subgraph
@@ -48,8 +47,7 @@ def proven_by(site: Site) -> object | None:
         cut = (site.logits,) if site.bias is None else (site.logits, site.bias)
         between = subgraph([site.weights, site.ids], cut)
         return None if between is None else (site.spec, between.text)
-    flat = site.ids.args[0] if site.ids.target is torch.ops.aten.reshape.default else None
-    given = (site.x, site.ids, site.values, site.w1, site.w2, site.b1, site.b2, flat)
+    given = (site.x, site.ids, site.values, site.w1, site.w2, site.b1, site.b2, *separate.given(site))
     fed = [n if isinstance(n, fx.Node) else None for n in given]
     between = subgraph([site.root, site.weights], [n for n in fed if n is not None])
     return None if between is None else (site.spec, site.masked, tuple(n is None for n in fed), between.text)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from braze.passes import separate
 from braze.passes.sites import RopeSite, RouterSite, Site
 
 
@@ -15,10 +16,14 @@ def rewrite(site: Site) -> fx.Node:
     if isinstance(site, RouterSite):
         return _rewrite_router(site)
     root = site.root
-    args: tuple[fx.Node | None, ...]
+    args: tuple[Any, ...]
     target: Any
     if isinstance(site, RopeSite):
         target, args = torch.ops.braze.rope.default, (site.x, site.cos, site.sin)
+    elif separate.lists(site.w1) and separate.lists(site.w2):
+        target = torch.ops.braze.moe_separate.default
+        lists = map(separate.lists, (site.w1, site.w2, site.b1, site.b2))
+        args = (site.x, site.ids, site.weights, *lists)
     else:
         target = torch.ops.braze.moe.default
         args = (site.x, site.ids, site.weights, site.w1, site.w2, site.b1, site.b2)

@@ -210,6 +210,17 @@ def _empty(node: fx.Node, shape: tuple[int, ...]) -> Tensor:
     return torch.full(shape, float("nan") if dtype.is_floating_point else -1, dtype=dtype)
 
 
+def _full(node: fx.Node, values: dict[fx.Node, Any], sizes: Sizes) -> Tensor:
+    """One element in place of all where it is only broadcast: then its sizes need not be known."""
+    broadcast = all(u.target in _BROADCASTING for u in node.users)
+    shape = (1,) * len(sizes.shape(node)) if broadcast else sizes.shape(node)
+    return torch.full(shape, node.args[1], dtype=_dtype(node))  # type: ignore[arg-type]
+
+
+#: Ops whose other operands give the result its shape, where it is theirs: `where` and sums of experts.
+_BROADCASTING = {aten.where.self, aten.add.Tensor, aten.mul.Tensor}
+
+
 def _histc(node: fx.Node, values: dict[fx.Node, Any], sizes: Sizes) -> Tensor:
     value: Tensor = values[node.args[0]]  # type: ignore[index]
     return torch.histc(value.double(), *node.args[1:], **node.kwargs)  # type: ignore[arg-type]
@@ -226,5 +237,5 @@ _RULES: dict[Any, Callable[[fx.Node, dict[fx.Node, Any], Sizes], Any]] = {
     prims.convert_element_type.default: _convert,
     aten.histc.default: _histc,
     aten.empty.memory_format: _filled(_empty),
-    aten.full.default: _filled(lambda n, s: torch.full(s, n.args[1], dtype=_dtype(n))),  # type: ignore[arg-type]
+    aten.full.default: _full,
 }

@@ -1,0 +1,55 @@
+"""Experts whose weights are E separate tensors: the rows of one expert at a time, with its weights where they lie.
+
+Nothing is stacked, so nothing is copied or held twice, and weights that change between calls are read as they are. Rows
+are sorted by expert; an expert without rows costs nothing. The experts' counts are read on the host.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from braze.kernels.expression import apply_torch
+from braze.kernels.reference import split_gate_up
+from braze.kernels.spec import MoeSpec
+
+
+def moe(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w1: Sequence[Tensor],
+    w2: Sequence[Tensor],
+    b1: Sequence[Tensor],
+    b2: Sequence[Tensor],
+    spec: MoeSpec,
+) -> Tensor:
+    """As `braze.kernels.reference.moe` with E matrices w2[e] and, for each, w1[e] or the pair w1[2e] (gate), w1[2e + 1] (up);
+    b1 likewise, b2 [H] each; empty lists for no biases. Products in x's dtype, all else in float32 (float64 for float64)."""
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    tokens, k = ids.shape
+    experts, apart = len(w2), len(w1) // len(w2)
+    expert, perm = ids.reshape(-1).sort(stable=True)
+    ends = torch.searchsorted(expert, torch.arange(experts, device=x.device), right=True).tolist()
+    begin = int((expert < 0).sum())
+    scores = weights.reshape(-1)
+    out = x.new_zeros(tokens, x.shape[1], dtype=acc)
+    for e, end in enumerate(ends):
+        if end == begin:
+            continue
+        row = perm[begin:end]
+        begin = end
+        token, w = row // k, scores[row].to(acc)[:, None]
+        rows = x[token] if spec.weight_on == "output" else (x[token].to(acc) * w).to(x.dtype)
+        parts = range(e * apart, (e + 1) * apart)
+        columns = [_product(rows, w1[i], b1[i] if b1 else None, spec).to(acc) for i in parts]
+        gate, up = split_gate_up(columns[0], spec.layout) if apart == 1 else columns
+        y = _product(apply_torch(spec.activation, gate, up).to(x.dtype), w2[e], b2[e] if b2 else None, spec).to(acc)
+        out.index_add_(0, token, y * w if spec.weight_on == "output" else y)
+    return (out if spec.scale == 1.0 else out * spec.scale).to(spec.out_dtype or x.dtype)
+
+
+def _product(x: Tensor, w: Tensor, bias: Tensor | None, spec: MoeSpec) -> Tensor:
+    y = linear(x, w.t() if spec.transposed else w)
+    return y if bias is None else y + bias

@@ -1,0 +1,206 @@
+"""Weights that each expert holds by itself: E matrices that the graph gets as inputs, given to the op as a list.
+
+A site names them as stack(W_0, W_1, ...), gate and up first put together by cat(G_e, U_e): a name for the list, which no
+kernel computes. `lists` reads it back; nothing is copied, so nothing is held twice and nothing goes stale.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from braze.passes.elements import Elements, trail
+from braze.passes.sites import MoeSite
+
+aten = torch.ops.aten
+
+
+#: Where a name for a list keeps the list: a model's own stacks are none.
+_LIST = "braze_list"
+
+
+class NotStored(Exception):
+    """Why a product's operand is no expert's weight."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A product's weight [out, in], or [in, out] where transposed, and its bias [out]; of: (tensor [E, ., .], e) where
+    the weight is an expert's part of one tensor, likewise bias_of."""
+
+    weight: fx.Node
+    transposed: bool
+    bias: fx.Node | None
+    of: tuple[fx.Node, int] | None
+    bias_of: tuple[fx.Node, int] | None
+
+
+def left(product: fx.Node) -> fx.Node:
+    """The row operand of a product of two matrices."""
+    rows = product.args[1 if product.target is aten.addmm.default else 0]
+    assert isinstance(rows, fx.Node)
+    return rows
+
+
+def stored(product: fx.Node, ev: Elements) -> Stored:
+    """The weight and the bias of a product of two matrices; NotStored where they are no plain tensors."""
+    biased = product.target is aten.addmm.default
+    if biased and (product.kwargs.get("alpha", 1) != 1 or product.kwargs.get("beta", 1) != 1):
+        raise NotStored("an expert's product is scaled")
+    operand = product.args[2 if biased else 1]
+    assert isinstance(operand, fx.Node)
+    paths = [dict(trail(operand, at, ev)) for at in ((0, 0), (1, 0), (0, 1))]
+    weight = of = None
+    transposed = False
+    for node, idx in paths[0].items():
+        inner, outer = (p.get(node) for p in paths[1:])
+        if inner is None or outer is None or inner[:-2] != idx[:-2] or outer[:-2] != idx[:-2]:
+            continue
+        if idx[-2:] != (0, 0) or sorted((inner[-2:], outer[-2:])) != [(0, 1), (1, 0)]:
+            continue
+        if len(idx) == 2 and _product(ev.shape(node)) == _product(ev.shape(operand)):
+            weight, transposed = node, inner == (1, 0)
+        elif len(idx) == 3 and isinstance(idx[0], int):
+            of = node, idx[0], inner[1:] == (1, 0)
+    if weight is None:
+        raise NotStored(f"{operand.name} is no expert's weight, indexed plainly")
+    if of is not None and of[2] != transposed:
+        of = None
+    bias = bias_of = None
+    if biased:
+        bias, bias_of = _bias(product, ev)
+    return Stored(weight, transposed, bias, of and of[:2], bias_of)
+
+
+def _bias(product: fx.Node, ev: Elements) -> tuple[fx.Node, tuple[fx.Node, int] | None]:
+    operand = product.args[0]
+    assert isinstance(operand, fx.Node)
+    columns = ev.shape(product)[1]
+    at = (columns - 1,) if len(ev.shape(operand)) == 1 else (ev.shape(operand)[0] - 1, columns - 1)
+    bias = of = None
+    for node, idx in trail(operand, at, ev):
+        if idx == (columns - 1,) and ev.shape(node) == (columns,):
+            bias = node
+        elif len(idx) == 2 and isinstance(idx[0], int) and ev.shape(node)[1] == columns and bias is not None:
+            of = node, idx[0]
+    if bias is None:
+        raise NotStored(f"{operand.name} is no expert's bias [columns]")
+    return bias, of
+
+
+def _product(shape: Sequence[int]) -> int:
+    out = 1
+    for s in shape:
+        out *= s
+    return out
+
+
+# ------------------------------------------------------------------------------------------------- naming lists
+
+
+def weights(
+    ups: Sequence[Sequence[Stored]], lows: Sequence[Sequence[Stored]], before: fx.Node, ev: Elements
+) -> tuple[fx.Node, fx.Node, bool]:
+    """(w1, w2, transposed): the tensors that hold all experts' weights, or names for their lists."""
+    if len({s.transposed for row in (*ups, *lows) for s in row}) != 1:
+        raise NotStored("the experts' weights are stored in different orders")
+    transposed = ups[0][0].transposed
+    for rows in (ups, lows):
+        if len({tuple(ev.shape(s.weight) for s in row) for row in rows}) != 1:
+            raise NotStored("the experts' weights have different shapes")
+    whole = _whole([[s.of for s in row] for row in ups], ev), _whole([[s.of for s in row] for row in lows], ev)
+    if whole[0] is not None and whole[1] is not None:
+        return whole[0], whole[1], transposed
+    w1 = _named([[s.weight for s in row] for row in ups], 1 if transposed else 0, before)
+    return w1, _named([[s.weight for s in row] for row in lows], 0, before), transposed
+
+
+def biases(rows: Sequence[Sequence[Stored]], listed: bool, before: fx.Node, ev: Elements) -> fx.Node | None:
+    """The biases as one tensor or, where `listed`, as a name for their list; None where no product has one."""
+    given = [[s.bias for s in row if s.bias is not None] for row in rows]
+    if not any(given):
+        return None
+    if any(len(g) != len(row) for g, row in zip(given, rows, strict=True)):
+        raise NotStored("only some of the experts' products have a bias")
+    whole = _whole([[s.bias_of for s in row] for row in rows], ev)
+    return whole if whole is not None and not listed else _named(given, 0, before)
+
+
+def _whole(rows: Sequence[Sequence[tuple[fx.Node, int] | None]], ev: Elements) -> fx.Node | None:
+    """The tensor whose parts 0, 1, ... are the experts', if it is one."""
+    parts = [row[0] for row in rows if len(row) == 1]
+    found = [p for p in parts if p is not None]
+    if len(found) != len(rows) or len({p[0] for p in found}) != 1 or [p[1] for p in found] != list(range(len(rows))):
+        return None
+    return found[0][0] if ev.shape(found[0][0])[0] == len(rows) else None
+
+
+def _named(rows: Sequence[Sequence[fx.Node]], dim: int, before: fx.Node) -> fx.Node:
+    with before.graph.inserting_before(before):
+        parts = [row[0] if len(row) == 1 else _called(before, aten.cat.default, (list(row), dim)) for row in rows]
+        name = _called(before, aten.stack.default, (parts,))
+    name.meta[_LIST] = [n for row in rows for n in row]
+    return name
+
+
+def _called(before: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    node = before.graph.call_function(target, args)
+    node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
+    return node
+
+
+def lists(node: fx.Node | None) -> list[fx.Node]:
+    """The tensors that a name for a list stands for, gate before up where they are apart; none for other nodes."""
+    return list(node.meta.get(_LIST, ())) if node is not None else []
+
+
+def parts_of(node: fx.Node, value: Tensor) -> dict[fx.Node, Tensor]:
+    """The values of a list's tensors, by node, where its stack has `value`."""
+    parts = lists(node)
+    if not parts:
+        return {}
+    apart = len(parts) // value.shape[0]
+    first: Any = node.args[0][0]  # type: ignore[index]
+    pieces = [v.unbind(0) for v in value.chunk(apart, 1 + first.args[1] if apart > 1 else 0)]
+    return {n: pieces[i % apart][i // apart] for i, n in enumerate(parts)}
+
+
+def viewed(site: MoeSite) -> dict[fx.Node, fx.Node]:
+    """What a site's x, ids and weights are plain views of, each with the view."""
+    views = [v for v in (site.x, site.ids, site.values) if v.target is aten.reshape.default]
+    found = {v.args[0]: v for v in views if isinstance(v.args[0], fx.Node)}
+    width = site.x.meta["val"].shape[-1]
+    return {n: v for n, v in found.items() if v is not site.x or n.meta["val"].shape[-1] == width}
+
+
+def given(site: MoeSite) -> list[fx.Node]:
+    """What a site's inputs are views or lists of: the subgraph may start there."""
+    return [*viewed(site), *(n for w in (site.w1, site.w2, site.b1, site.b2) for n in lists(w))]
+
+
+# ------------------------------------------------------------------------------------------------- rows of tokens
+
+
+def size_of(node: fx.Node, dim: int) -> Any:
+    """A size as an argument: an int, or a node that gives it."""
+    size = node.meta["val"].shape[dim]
+    if isinstance(size, int):
+        return size
+    raise NotStored("tokens in several dimensions of symbolic size")
+
+
+def reshaped(node: fx.Node, shape: list[Any]) -> fx.Node:
+    """A view of a node, inserted where the graph's insertion point is."""
+    view = node.graph.call_function(aten.reshape.default, (node, shape))
+    view.meta["val"] = node.meta["val"].reshape(shape)
+    return view
+
+
+def rows_of(node: fx.Node, width: int, ev: Elements, before: fx.Node) -> fx.Node:
+    """A tensor [.., width] as [tokens, width]."""
+    if len(ev.shape(node)) == 2:
+        return node
+    with before.graph.inserting_before(before):
+        return reshaped(node, [-1, width])

@@ -1,0 +1,409 @@
+"""Finds experts that a loop wrote one after the other: every expert on every token, masked, and added up.
+
+    out[t] = sum_e g_e[t] F_e(x[t]),   g_e[t] = sum_j [ids[t, j] = e] w[t, j]
+
+An element of the sum, expanded, names for each of its terms an expert's last product and the mask that chooses it; a select
+between a sum and itself with one more term is such a mask too: where(c, a, b) = b + c (a - b). The proof then decides.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from braze.kernels.expression import g as G
+from braze.kernels.expression import u as U
+from braze.kernels.spec import GateUpLayout, MoeSpec
+from braze.passes import activation, separate
+from braze.passes.dense import sparse_scores
+from braze.passes.elements import HANDLERS, Elements, Expr, Position, Sizes, Unknown, leaves, trail
+from braze.passes.linear import TooLarge, polynomial
+from braze.passes.sites import MoeSite, NearMiss, source_line
+
+aten = torch.ops.aten
+
+#: A loop over more experts than this is left as it is: finding it would cost more than the user is told of.
+MAX_EXPERTS = 256
+
+
+class NoLoop(Exception):
+    """Why products that are masked and added up are no expert block."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One expert in one slot of the element: its last product, its number, the ids and the weight that choose it.
+
+    ids is None where weight is an element of dense scores [.., E].
+    """
+
+    product: fx.Node
+    scale: float
+    expert: int
+    ids: Expr | None
+    weight: Expr
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert's products and what lies between: firsts in the order of g, u; meaning: equal for equal functions."""
+
+    firsts: tuple[fx.Node, ...]
+    columns: tuple[int, ...]
+    element: Expr
+    symbols: tuple[Expr, ...]
+    meaning: object
+
+
+def is_plain(node: fx.Node) -> bool:
+    """Whether the node is a product of two matrices, perhaps with a bias."""
+    return node.op == "call_function" and node.target in (aten.mm.default, aten.addmm.default)
+
+
+def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[MoeSite], list[NearMiss]]:
+    """Every unrolled expert block of the graph, and every masked sum of experts that is none, with the reason."""
+    sites: list[MoeSite] = []
+    misses: list[NearMiss] = []
+    masks = [n for n in graph.nodes if _is_mask(n) or n.target is aten.scatter.src]
+    if not masks:
+        return sites, misses
+    ev = Elements(sizes)
+    downs = [n for n in graph.nodes if is_plain(n) and _firsts(n, 0, ev)]
+    inside = _behind({*downs, *(n for n in masks if _is_mask(n))})
+    done: set[fx.Node] = set()
+    for down in downs:
+        if down in done:
+            continue
+        found = _root(down, inside, ev)
+        if found is None:
+            continue
+        root, terms = found
+        done.update(t.product for t in terms)
+        try:
+            sites.append(_site(root, terms, ev))
+        except (NoLoop, Unknown, TooLarge, separate.NotStored) as e:
+            misses.append(NearMiss("moe", root.name, "find", str(e), source_line([root, down])))
+    return sites, misses
+
+
+def _is_mask(node: fx.Node) -> bool:
+    """Whether the node compares integers with integers for equality."""
+    if node.target not in (aten.eq.Scalar, aten.eq.Tensor):
+        return False
+    return not node.args[0].meta["val"].is_floating_point()  # type: ignore[union-attr]
+
+
+def _behind(seeds: set[fx.Node]) -> set[fx.Node]:
+    """The nodes computed from `seeds` element by element: not through products, sorts and the like."""
+    out = set(seeds)
+    for node in sorted(seeds)[0].graph.nodes if seeds else ():
+        if node.target in HANDLERS and any(n in out for n in node.all_input_nodes):
+            out.add(node)
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------- the sum
+
+
+def _root(down: fx.Node, inside: set[fx.Node], ev: Elements) -> tuple[fx.Node, list[Term]] | None:
+    """The last node after `down` whose elements are sums of experts, each masked or scored; None if there is none."""
+    element = Elements(
+        ev.sizes, stop=lambda n: is_plain(n) or (n not in inside and bool(n.all_input_nodes)), indices=ev
+    )
+    memo: dict[Expr, Any] = {}
+    found = None
+    node = down
+    while True:
+        shape = ev.shape(node)
+        try:
+            terms = _terms(_linear(element.at(node, tuple(s - 1 for s in shape)), element, {}), memo, ev)
+        except (NoLoop, Unknown, TooLarge, RecursionError):
+            break
+        if terms and len({t.product for t in terms}) > 1:
+            found = node, terms
+        users = [n for n in node.users if n in inside]
+        if not users or len(users) != len(node.users):
+            break
+        node = max(users)
+    return found
+
+
+def _linear(expr: Expr, ev: Elements, memo: dict[Expr, Expr]) -> Expr:
+    """The expression with where(c, a, b) as b + c (a - b), and comparisons as factors of 0 and 1."""
+    if expr.op in ("const", "load", "eq", "gt"):
+        return expr
+    if expr not in memo:
+        args = [_linear(a, ev, memo) for a in expr.args]
+        if expr.op == "where" and args[0].op in ("eq", "gt"):
+            c, a, b = args
+            memo[expr] = ev.make("add", b, ev.make("mul", c, ev.make("sub", a, b)))
+        else:
+            memo[expr] = ev.make(expr.op, *args)
+    return memo[expr]
+
+
+def _terms(expr: Expr, memo: dict[Expr, Any], ev: Elements) -> list[Term]:
+    """The terms of a sum of experts; empty where one is not masked or scored (yet); NoLoop where a product is missing."""
+    out = []
+    complete = True
+    for atoms, scale in polynomial(expr, memo).items():
+        products = [a for a in atoms if a.op == "load" and is_plain(a.args[0])]
+        if len(products) != 1:
+            raise NoLoop("a term without an expert's product")
+        term = _term(products[0].args[0], scale, {a for a in atoms if a is not products[0]}, ev)
+        complete = complete and term is not None
+        out += [term] if term is not None else []
+    return out if complete else []
+
+
+def _term(product: fx.Node, scale: float, factors: set[Expr], ev: Elements) -> Term | None:
+    equal = [a for a in factors if _chooses(a)]
+    weights = [a for a in factors if a.op == "load"]
+    implied = [a for a in factors if a.op == "gt" and a.args[1].const == 0 and set(equal) & _summands(a.args[0])]
+    if len(weights) != 1 or len(equal) + len(implied) + 1 != len(factors):
+        return None
+    if len(equal) == 1:
+        return Term(product, scale, int(equal[0].args[1].const), equal[0].args[0], weights[0])
+    for node, idx in trail(weights[0].args[0], weights[0].args[1], ev):
+        if not equal and len(idx) > 1 and ev.shape(node)[-1] > 1 and isinstance(idx[-1], int):
+            return Term(product, scale, idx[-1], None, ev.load(node, idx))
+    return None
+
+
+def _chooses(factor: Expr) -> bool:
+    return factor.op == "eq" and factor.args[0].op == "load" and isinstance(factor.args[1].const, int)
+
+
+def _summands(expr: Expr) -> set[Expr]:
+    return _summands(expr.args[0]) | _summands(expr.args[1]) if expr.op == "add" else {expr}
+
+
+# ---------------------------------------------------------------------------------------------------- the site
+
+
+def _site(root: fx.Node, terms: Sequence[Term], ev: Elements) -> MoeSite:
+    products = {t.expert: t.product for t in terms}
+    if sorted(products) != list(range(len(products))):
+        raise NoLoop(f"the loop's experts are {sorted(products)[:4]}..., not 0 up to their number")
+    if len({t.product for t in terms}) != len(products):
+        raise NoLoop("an expert's product is masked by two experts' numbers")
+    if len(products) > MAX_EXPERTS:
+        raise NoLoop(f"a loop over more than {MAX_EXPERTS} experts")
+    scales = {t.scale for t in terms}
+    if len(scales) != 1:
+        raise NoLoop("rows are scaled by different constants")
+    downs = [products[e] for e in range(len(products))]
+    experts = [_expert(d, ev) for d in downs]
+    text, layout = _activation(downs[0], experts[0], ev)
+    for e in experts:
+        if e.meaning != experts[0].meaning:
+            raise NoLoop("the experts have different activations")
+    if layout == "halves" and len(experts[0].firsts) == 1 and not _width_fits(downs[0], experts[0], 2, ev):
+        raise NoLoop("the first product has columns that are not used")
+
+    rows = ev.shape(root)[:-1]
+    x = _input(experts, ev)
+    if ev.shape(x)[-1] != ev.shape(root)[-1]:
+        raise NoLoop("the experts' input and output have different sizes")
+    ups = [[separate.stored(f, ev) for f in e.firsts] for e in experts]
+    lows = [[separate.stored(d, ev)] for d in downs]
+    _check_private(root, experts, downs)
+    ids, values, weights = _routing(root, terms, rows, ev)
+    site_root = _flat_root(root, ev)
+    stored_x = separate.rows_of(x, ev.shape(x)[-1], ev, site_root)
+    w1, w2, transposed = separate.weights(ups, lows, site_root, ev)
+    b1 = separate.biases(ups, bool(separate.lists(w1)), site_root, ev)
+    b2 = separate.biases(lows, bool(separate.lists(w2)), site_root, ev)
+    spec = MoeSpec(text, layout, transposed, "output", scales.pop(), root.meta["val"].dtype)
+    return MoeSite(site_root, stored_x, ids, weights, w1, w2, b1, b2, values, spec, "unrolled")
+
+
+def _flat_root(root: fx.Node, ev: Elements) -> fx.Node:
+    """The root as [tokens, hidden]: where it has more dimensions, its users get it back by a view of that."""
+    shape = ev.shape(root)
+    if len(shape) == 2:
+        return root
+    users = list(root.users)
+    with root.graph.inserting_after(root):
+        flat = separate.reshaped(root, [-1, shape[-1]])
+    with root.graph.inserting_after(flat):
+        back = separate.reshaped(flat, [separate.size_of(root, d) for d in range(len(shape))])
+    for user in users:
+        user.replace_input_with(root, back)
+    return flat
+
+
+def _check_private(root: fx.Node, experts: Sequence[Expert], downs: Sequence[fx.Node]) -> None:
+    """NoLoop where something between the products and the root is used elsewhere: it would be computed twice."""
+    between: set[fx.Node] = {f for e in experts for f in e.firsts} | set(downs)
+    inner: set[fx.Node] = {root}
+    node, begin = root, min(between)
+    while node is not begin:
+        node = node.prev
+        if any(u in inner for u in node.users):
+            inner.add(node)
+    for node in sorted(inner):
+        if node in between or any(n in between for n in node.all_input_nodes):
+            between.add(node)
+            for user in node.users:
+                if node is not root and user not in inner:
+                    what = "saved for the backward pass or returned" if user.op == "output" else f"used by {user.name}"
+                    raise NoLoop(f"the intermediate {node.name} is also {what}")
+
+
+def _routing(
+    root: fx.Node, terms: Sequence[Term], rows: tuple[int, ...], ev: Elements
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """(ids, values, weights), each [tokens, slots], from the terms' masks or from dense scores that were scattered."""
+    if all(t.ids is None for t in terms):
+        scores = terms[0].weight.args[0]
+        if any(t.weight.args[0] is not scores for t in terms):
+            raise NoLoop("the experts' scores are columns of different tensors")
+        if len(ev.shape(scores)) != 2:
+            raise NoLoop(f"the dense weights {scores.name} are no [tokens, experts] tensor")
+        found = sparse_scores(scores, root, ev)
+        if found is None:
+            raise NoLoop(f"the dense weights {scores.name} do not come from a top-k that was scattered")
+        return found
+    if any(t.ids is None for t in terms):
+        raise NoLoop("only some experts are masked by ids")
+    picks = [t.ids for t in terms if t.ids is not None]
+    slots = len(terms) // len({t.expert for t in terms})
+    ids, weights = (_holder(e, rows, slots, ev) for e in (picks[0], terms[0].weight))
+    if ids is None or weights is None:
+        what = picks[0] if ids is None else terms[0].weight
+        raise NoLoop(f"{what} is no element of a [tokens, slots] tensor")
+    for t in terms:
+        assert t.ids is not None
+        at = _position(t.ids, ids, ev), _position(t.weight, weights, ev)
+        if at[0] is None or at[0] != at[1]:
+            raise NoLoop(f"the expert chosen by {t.ids} is weighted by {t.weight}")
+    if len(terms) != slots * len({t.expert for t in terms}):
+        raise NoLoop("not every expert is masked by every slot of the ids")
+    flat = separate.rows_of(weights, slots, ev, root)
+    return separate.rows_of(ids, slots, ev, root), flat, flat
+
+
+def _holder(element: Expr, rows: tuple[int, ...], slots: int, ev: Elements) -> fx.Node | None:
+    """The node nearest to an element that is a tensor [*rows, slots], or [tokens, slots], and has it in its last row."""
+    shapes = ((*rows, slots), (_product(rows), slots))
+    for node, idx in trail(element.args[0], element.args[1], ev):
+        if ev.shape(node) in shapes and idx[:-1] == tuple(s - 1 for s in ev.shape(node)[:-1]):
+            return node
+    return None
+
+
+def _product(sizes: Sequence[int]) -> int:
+    out = 1
+    for s in sizes:
+        out *= s
+    return out
+
+
+def _position(element: Expr, holder: fx.Node, ev: Elements) -> Any:
+    """The slot at which `holder` has an element; None if it has not."""
+    return next((idx[-1] for n, idx in trail(element.args[0], element.args[1], ev) if n is holder), None)
+
+
+# --------------------------------------------------------------------------------------------- between the products
+
+
+def _firsts(down: fx.Node, i: int, ev: Elements) -> list[Expr]:
+    """The elements of other products that inner index i of a product's rows depends on; none where there is anything
+    that is not a product's element with a function of one row around it."""
+    rows = separate.left(down)
+    try:
+        t = ev.shape(down)[0] - 1
+        element = ev.at(rows, (t, i))
+    except (Unknown, RecursionError):
+        return []
+    loads = leaves([element])
+    if element.op == "load" or not 1 <= len(loads) <= 2 or not all(is_plain(e.args[0]) for e in loads):
+        return []
+    return loads if all(e.args[1][0] == t for e in loads) else []
+
+
+def _expert(down: fx.Node, ev: Elements) -> Expert:
+    loads = sorted(_firsts(down, 0, ev), key=lambda e: (e.args[0], e.args[1]))
+    if not loads:
+        raise NoLoop("an expert's last product is not fed by a scalar function of others")
+    element = ev.at(separate.left(down), (ev.shape(down)[0] - 1, 0))
+    if len({e.args[0] for e in loads}) == 2 and _linear_in(element, loads[0]):
+        loads = loads[::-1]  # the gate is what passes through the function
+    numbers = {e: i for i, e in enumerate(loads)}
+    meaning = (_meaning(element, numbers, {}), tuple(e.args[1][1] for e in loads), ev.shape(down))
+    firsts = tuple(dict.fromkeys(e.args[0] for e in loads))
+    return Expert(firsts, tuple(e.args[1][1] for e in loads), element, tuple(loads), meaning)
+
+
+def _linear_in(element: Expr, load: Expr) -> bool:
+    """Whether a product's factor is the load itself and occurs nowhere else."""
+    while element.op == "mul":
+        if load in element.args:
+            other = next(a for a in element.args if a is not load) if element.args[0] is not element.args[1] else load
+            return load not in leaves([other])
+        holding = [a for a in element.args if load in leaves([a])]
+        if len(holding) != 1:
+            return False
+        element = holding[0]
+    return False
+
+
+def _meaning(expr: Expr, numbers: dict[Expr, int], memo: dict[Expr, Any]) -> Any:
+    """An expression with its loads numbered, to compare those of two experts by."""
+    if expr in numbers:
+        return numbers[expr]
+    if expr.op == "const":
+        return ("const", expr.args[0])
+    if expr not in memo:
+        memo[expr] = (expr.op, *(_meaning(a, numbers, memo) for a in expr.args))
+    return memo[expr]
+
+
+def _activation(down: fx.Node, expert: Expert, ev: Elements) -> tuple[str, GateUpLayout]:
+    try:
+        text = activation.text(expert.element, dict(zip(expert.symbols, (G, U), strict=False)))
+    except activation.NotScalar as e:
+        raise NoLoop(str(e)) from None
+    inner = ev.shape(separate.left(down))[1]
+    if len(expert.symbols) == 1:
+        layout: GateUpLayout = "none"
+        fits = expert.columns == (0,)
+    elif len(expert.firsts) == 2:
+        layout, fits = "halves", expert.columns == (0, 0)
+    else:
+        layout = "interleaved" if expert.columns == (0, 1) and inner > 1 else "halves"
+        fits = expert.columns == ((0, 1) if layout == "interleaved" else (0, inner))
+    if not fits:
+        raise NoLoop(f"gate and up are columns {expert.columns} of the first product: neither halves nor interleaved")
+    return text, layout
+
+
+def _width_fits(down: fx.Node, expert: Expert, gates: int, ev: Elements) -> bool:
+    return ev.shape(expert.firsts[0])[1] == gates * ev.shape(separate.left(down))[1]
+
+
+def _input(experts: Sequence[Expert], ev: Elements) -> fx.Node:
+    """The tensor [.., hidden] whose rows all experts read: the farthest one that views lead to."""
+    shared: list[fx.Node] | None = None
+    for first in (f for e in experts for f in e.firsts):
+        rows = separate.left(first)
+        t = ev.shape(rows)[0] - 1
+        own = [n for n, idx in trail(rows, (t, 0), ev) if _holds_rows(n, idx, rows, ev)]
+        shared = own if shared is None else [n for n in shared if n in own]
+    if not shared:
+        raise NoLoop("the experts do not read one tensor [tokens, hidden]")
+    return shared[0]
+
+
+def _holds_rows(node: fx.Node, idx: Position, rows: fx.Node, ev: Elements) -> bool:
+    shape = ev.shape(node)
+    tokens, hidden = ev.shape(rows)
+    return (
+        shape[-1] == hidden
+        and idx == (*(s - 1 for s in shape[:-1]), 0)
+        and _product(shape[:-1]) == tokens
+        and node.meta["val"].dtype == rows.meta["val"].dtype
+    )
