@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test lint types unit docs clean
+.PHONY: demo test lint types unit docs support clean
 
 demo: $(VENV)/.dev
 	$(BIN)/python examples/generate.py
@@ -28,6 +28,10 @@ unit: $(VENV)/.dev
 # Tables that a command makes.
 docs: $(VENV)/.dev
 	$(BIN)/python -m braze.cli options > docs/options.md
+
+# Takes most of an hour; what was measured is kept in build/support, so that it can go on where it was stopped.
+support: $(VENV)/.dev
+	$(BIN)/python -m tests.support --jobs $(JOBS) > build/support.md && mv build/support.md docs/support.md
 
 $(VENV)/.dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

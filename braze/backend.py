@@ -5,6 +5,7 @@ and AOTInductor; there sites are found, proven, rewritten to semantic ops, and e
 """
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -78,6 +79,16 @@ def _tell(report: GraphReport) -> None:
         log.info("not fused: %s at %s: %s", miss.kind, miss.source, miss.reason)
 
 
+@functools.lru_cache(maxsize=256)
+def _tell_break(reason: str) -> None:
+    """Says once for each reason that a model was captured in pieces."""
+    log.warning(
+        "only a piece of the model was captured (%s): what lies across the break is not fused. braze.fuse(model) takes loops "
+        "over experts out of it; torch.compile(fullgraph=True) shows other breaks",
+        reason,
+    )
+
+
 def braze(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -90,6 +101,9 @@ def braze(
     ValueError for an unknown option, value or mode; RequirementError where a required kind was not fused.
     """
     parsed = Options.parse(options, mode)
+    ended = getattr(gm, "compile_subgraph_reason", None)
+    if ended is not None and ended.graph_break:
+        _tell_break(ended.reason.partition("\n")[0])
     return inductor.compile_graph(
         gm, example_inputs, lambda graph: fuse_graph(graph, parsed), parsed.key(), parsed.inductor
     )

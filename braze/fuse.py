@@ -7,6 +7,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 
+from braze.loops import without_loops
 from braze.options import Options
 
 T = TypeVar("T")
@@ -32,7 +33,8 @@ def fuse(
     """Compiles `target` with backend="braze" at its first call.
 
     target: an nn.Module subclass (each instance's forward is compiled, in place: its type, parameters, state dict and pickles
-        stay), an nn.Module instance (compiled in place and returned), or a function (its compiled form is returned).
+        stay), an nn.Module instance (compiled in place and returned; loops over experts that a graph cannot hold are replaced,
+        see `braze.loops`), or a function (its compiled form is returned).
     mode, dynamic, fullgraph: as torch.compile's. options: the backend's (`braze.options`), for instance require=["moe"].
     TypeError where `target` is something else; ValueError for a bad option or mode, at once.
     """
@@ -44,6 +46,7 @@ def fuse(
         if isinstance(t, type) and issubclass(t, nn.Module):
             return _fuse_class(t, compile_)
         if isinstance(t, nn.Module):
+            without_loops(t)
             t.compile(backend=_backend(chosen), dynamic=dynamic, fullgraph=fullgraph)
             return t
         if isinstance(t, type) or not callable(t):

@@ -77,10 +77,14 @@ def build(name: str, dtype: torch.dtype = torch.float32, experts: str | None = N
     if family.switchable and experts:
         config._experts_implementation = experts
     torch.manual_seed(0)
-    model = model_class._from_config(config, dtype=dtype).eval()
+    return fill(model_class._from_config(config, dtype=dtype).eval())
+
+
+def fill(model: Any) -> Any:
+    """Random parameters, the same ones each time: some classes leave them empty or zero."""
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():  # some classes leave parameters empty or zero
+        for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.copy_(torch.randn(parameter.shape, generator=rng) * 0.08 + (parameter.ndim == 1))
     return model

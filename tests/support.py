@@ -1,0 +1,248 @@
+"""Which families are fused, in which form: `python -m tests.support > docs/support.md`.
+
+Each family runs in a process of its own: its graphs are captured, fused and interpreted (all of braze but code generation), and
+the result is compared with the model in float64, its experts as a plain loop. What was measured is kept in build/support and
+taken from there while what it depends on is the same, so that a run that was cut off goes on.
+"""
+
+import argparse
+import copy
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "build" / "support"
+
+#: (experts implementation, dtype, mode) of every case of a class that has the choice, and of one that has its own way.
+CASES = (
+    ("grouped_mm", "float32", "dynamic"),
+    ("grouped_mm", "bfloat16", "decode"),
+    ("batched_mm", "float32", "decode"),
+    ("batched_mm", "bfloat16", "prefill"),
+)
+OWN_CASES = (("own", "float32", "dynamic"), ("own", "bfloat16", "decode"), ("own", "bfloat16", "prefill"))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One case: sites of each kind in the last pass through the model, its expert layers, the errors of braze and of eager
+    relative to float64, and what stood in the way."""
+
+    form: str
+    dtype: str
+    mode: str
+    graphs: int = 0
+    layers: int = 0
+    moe: int = 0
+    router: int = 0
+    rope: int = 0
+    error: float = 0.0
+    eager: float = 0.0
+    reasons: tuple[str, ...] = ()
+    failure: str = ""
+
+    @property
+    def whole(self) -> bool:
+        """Whether every expert layer was fused and the result is as good as eager's."""
+        return not self.failure and 0 < self.layers <= self.moe and self.exact
+
+    @property
+    def exact(self) -> bool:
+        slack = {"float32": 1e-5, "bfloat16": 2.0**-5}[self.dtype]
+        return self.error <= 1.5 * self.eager + slack
+
+
+# ---------------------------------------------------------------------------------------------------- one family
+
+
+def measure(name: str) -> list[Outcome]:
+    """Every case of a family, in this process."""
+    from tests.families import build
+
+    return [_outcome(name, *case) for case in (CASES if has_choice(build(name)) else OWN_CASES)]
+
+
+def has_choice(model: Any) -> bool:
+    """Whether the model's experts take transformers' experts implementations."""
+    return any("config" in vars(m) and hasattr(type(m).forward, "__wrapped__") for m in _experts(model))
+
+
+def _experts(model: Any) -> list[Any]:
+    found = {n: m for n, m in model.named_modules() if n.split(".")[-1] == "experts"}
+    return [m for n, m in found.items() if not any(n.startswith(f"{o}.") for o in found)]
+
+
+def _outcome(name: str, form: str, dtype: str, mode: str) -> Outcome:
+    import torch
+
+    from tests.families import build
+
+    model = build(name, getattr(torch, dtype), None if form == "own" else form)
+    layers = len(_experts(model))
+    try:
+        return _run(name, model, Outcome(form, dtype, mode, layers=layers))
+    except Exception as e:
+        return Outcome(
+            form, dtype, mode, layers=layers, failure=f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        )
+
+
+def _run(name: str, model: Any, case: Outcome) -> Outcome:
+    import torch
+
+    from tests.harness import Fused
+    from tests.tiny import as_float64
+
+    calls = {"prefill": _prefill, "decode": _decode, "dynamic": _dynamic}[case.mode](name)
+    twin = as_float64(model)
+    fused = Fused(model, strict=False)
+    with torch.no_grad():
+        for call in calls:
+            before = len(fused.results)
+            got, eager, exact = call(fused, model), call(model, model), call(twin, twin)
+    results = fused.results[before:]
+
+    def count(kind: str) -> int:
+        return sum(f.kind == kind for r in results for _, f in r.calls)
+
+    reasons = tuple(dict.fromkeys(f"{m.kind}: {m.reason}" for r in results for m in r.near_misses))
+    errors = tuple(e for r in results for e in r.errors)
+    return Outcome(
+        case.form, case.dtype, case.mode, len(results), case.layers, count("moe"), count("router"), count("rope"),
+        _error(got, exact), _error(eager, exact), reasons + errors,
+    )  # fmt: skip
+
+
+Call = Callable[[Any, Any], Any]
+
+
+def _prefill(name: str) -> list[Call]:
+    from tests.families import inputs
+
+    return [lambda m, plain: _first(m(**inputs(name)))]
+
+
+def _dynamic(name: str) -> list[Call]:
+    from tests.families import inputs
+
+    return [lambda m, plain, n=n: _first(m(**inputs(name, n))) for n in (8, 12)]
+
+
+def _decode(name: str) -> list[Call]:
+    """One token after a prefix that the plain model read."""
+    from tests.families import inputs
+
+    ids = inputs(name)["input_ids"]
+
+    def step(m: Any, plain: Any) -> Any:
+        cache = plain(input_ids=ids[:, :8], use_cache=True).past_key_values
+        return _first(m(input_ids=ids[:, 8:9], past_key_values=copy.deepcopy(cache), use_cache=True))
+
+    return [step]
+
+
+def _first(output: Any) -> Any:
+    found = output.logits if "logits" in output else output[0]
+    return found[0] if isinstance(found, list | tuple) else found
+
+
+def _error(got: Any, exact: Any) -> float:
+    return float((got.double() - exact).abs().max() / exact.abs().max())
+
+
+# ------------------------------------------------------------------------------------------------- all of them
+
+
+def digest(name: str, cases: Sequence[Any]) -> str:
+    """What a family's outcomes depend on."""
+    from tests.families import FAMILIES, SMALL
+
+    made = hashlib.sha256(repr((FAMILIES[name], SMALL, cases)).encode())
+    for package in ("torch", "transformers"):
+        made.update(importlib.metadata.version(package).encode())
+    files = [ROOT / "tests" / "harness.py"] + [
+        f for d in ("passes", "kernels") for f in sorted((ROOT / d).glob("*.py"))
+    ]
+    for file in files:
+        made.update(file.read_bytes())
+    return made.hexdigest()
+
+
+def _cases(outcomes_: Sequence[Outcome]) -> Any:
+    return OWN_CASES if any(o.form == "own" for o in outcomes_) else CASES
+
+
+def kept(name: str) -> list[Outcome] | None:
+    """A family's outcomes of an earlier run, if nothing that they depend on has changed."""
+    file = KEPT / f"{name}.json"
+    if not file.exists():
+        return None
+    found = json.loads(file.read_text())
+    known = _read(found["outcomes"])
+    return known if found["digest"] == digest(name, _cases(known)) else None
+
+
+def keep(name: str) -> None:
+    """Measures a family and keeps the outcomes: the work of one process."""
+    import torch
+
+    warnings.filterwarnings("ignore")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the page goes there, and nothing else
+    torch.set_num_threads(1)
+    made = measure(name)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"digest": digest(name, _cases(made)), "outcomes": [asdict(o) for o in made]}, indent=1)
+    (KEPT / f"{name}.json").write_text(text)
+
+
+def complete(names: Sequence[str], jobs: int, timeout: float) -> None:
+    """Measures the families that have no kept outcomes, each in a fork of this process that ends after `timeout` seconds."""
+    context = multiprocessing.get_context("fork")
+    waiting = [n for n in names if kept(n) is None]
+    running: dict[Any, float] = {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            process = context.Process(target=keep, args=(waiting.pop(0),))
+            process.start()
+            running[process] = time.monotonic() + timeout
+        for process, end in list(running.items()):
+            if time.monotonic() > end:
+                process.kill()
+            if not process.is_alive():
+                process.join()
+                del running[process]
+        time.sleep(0.2)
+
+
+def _read(plain: list[dict[str, Any]]) -> list[Outcome]:
+    return [Outcome(**{**p, "reasons": tuple(p["reasons"])}) for p in plain]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*", help="measure these and print nothing")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for a family")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    import tests.harness  # noqa: F401  (what a fork has need not be imported in it)
+    from tests.families import FAMILIES
+    from tests.support_table import page
+
+    complete(args.families or list(FAMILIES), args.jobs, args.timeout)
+    if not args.families:
+        print(page({name: kept(name) for name in FAMILIES}))
+
+
+if __name__ == "__main__":
+    main()
