@@ -33,7 +33,8 @@ def page(found: Mapping[str, Sequence[Outcome] | None]) -> str:
     from importlib.metadata import version
 
     whole = sum(bool(o) and all(c.whole for c in o) for o in found.values() if o is not None)
-    summary = f"{whole} of {len(found)} families are fused in every case measured."
+    measured = sum(o is not None for o in found.values())
+    summary = f"Of {len(found)} families {measured} are measured, and {whole} of those fused in every case."
     lines = [_line(_COLUMNS), _line(["---"] * len(_COLUMNS))]
     lines += [_line(_row(name, outcomes)) for name, outcomes in sorted(found.items())]
     return _HEAD.format(version=version("transformers"), summary=summary) + "\n" + "\n".join(lines)
