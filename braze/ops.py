@@ -176,6 +176,11 @@ def _route_fake(logits: Tensor, bias: Tensor | None = None, **attributes: Any) -
     return weights, logits.new_empty((*lead, spec.top_k), dtype=spec.ids_dtype)
 
 
+def _few(logits: Tensor) -> bool:
+    """Whether a CPU is as fast with ATen ops, whose ties are torch.topk's own."""
+    return logits.device.type == "cpu" and logits.numel() < cpp_route.WORTH
+
+
 _ROUTE_KERNELS: dict[str, Any] = {"cpu": cpp_route, "cuda": triton_route, "xpu": triton_route}
 
 
@@ -184,7 +189,7 @@ def _route(logits: Tensor, bias: Tensor | None = None, **attributes: Any) -> tup
     spec = _route_spec(**attributes)
     check_route(logits, bias, spec)
     kernel = _ROUTE_KERNELS.get(logits.device.type)
-    if kernel is None or kernel.supports(logits, bias, spec):
+    if kernel is None or _few(logits) or kernel.supports(logits, bias, spec):
         return aten.route(logits, bias, spec)
     return kernel.run(logits, bias, spec)  # type: ignore[no-any-return]
 

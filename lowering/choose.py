@@ -59,7 +59,7 @@ def choose_route(call: fx.Node, forced: str) -> tuple[str, str]:
     if kernel is None or forced not in ("auto", name):
         return "aten", composed
     size = logits.numel()
-    if kernel is cpp_route and forced == "auto" and not (isinstance(size, int) and size >= cpp_route.WORTH):
+    if kernel is cpp_route and not (isinstance(size, int) and size >= cpp_route.WORTH):
         return "aten", f"{composed}; a call of the C++ kernel costs more than it saves for so few tokens"
     refusal = kernel.supports(logits, bias, RouteSpec(**attributes))
     if refusal is not None:
