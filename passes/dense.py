@@ -1,25 +1,45 @@
-"""Dense expert weights that come from a top-k: scores[t, e] = f(s[t, e]), s = scatter(fill, ids, values), f(fill) = 0.
+"""Dense expert weights of which few are not zero: scores[t, e] = 0 unless e is one of ids[t, :].
 
-Then only the chosen experts count, with the weights f(values): the same block, with its ids and weights [tokens, k].
+They come from a top-k that was scattered, f(scatter(fill, ids, values)) with f(fill) = 0, or from comparisons with the
+experts' numbers, sum_j [ids[t, j] = e] w[t, j]. Then only the chosen experts count: the same block with ids and weights [T, k].
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import fx
 
-from braze.passes.elements import Elements, leaves, trail
+from braze.passes import rows, separate
+from braze.passes.combine import written_out
+from braze.passes.elements import Elements, Expr, leaves, trail
+from braze.passes.linear import polynomial
 from braze.passes.numeric import value
+from braze.passes.products import NoExperts
 
 aten = torch.ops.aten
 
 
-def sparse_scores(scores: fx.Node, before: fx.Node, ev: Elements) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """(ids, values, weights) [T, k] of dense `scores` [T, E], weights as new nodes before `before`; None if there are none."""
+def sparse_scores(scores: fx.Node, before: fx.Node, ev: Elements) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """(ids, values, weights) [T, k] of dense `scores` [T, E], new nodes before `before`: weights are computed from values.
+    NoExperts where the scores are not sparse."""
+    found = _scattered(scores, before, ev) or _compared(scores, before, ev)
+    if found is None:
+        raise NoExperts(
+            f"the dense weights {scores.name} are no top-k, scattered or compared with the experts' numbers"
+        )
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- scattered
+
+
+def _scattered(scores: fx.Node, before: fx.Node, ev: Elements) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     chain: list[fx.Node] = []
     at = tuple(s - 1 for s in ev.shape(scores))
     node = scores
     while node.target is not aten.scatter.src:
-        path = list(trail(node, at, ev))
-        ends = [n for n, idx in path[1:] if idx == at and ev.shape(n) == ev.shape(scores)]
+        path = list(trail(node, tuple(s - 1 for s in ev.shape(node)), ev))
+        ends = [n for n, idx in path[1:] if _like(n, idx, at, ev)]
         if path[-1][0] is not node and not ends:
             return None
         if ends:
@@ -28,29 +48,37 @@ def sparse_scores(scores: fx.Node, before: fx.Node, ev: Elements) -> tuple[fx.No
             node = ends[0]
             continue
         sources = node.all_input_nodes
-        if len(sources) != 1 or not ev.at(node, at).args or node.op != "call_function":
-            return None
-        if ev.shape(sources[0]) != ev.shape(node):
+        if len(sources) != 1 or node.op != "call_function" or ev.shape(sources[0]) != ev.shape(node):
             return None
         chain.append(node)
         node = sources[0]
     base, dim, ids, values = node.args[:4]
-    if dim not in (1, -1) or not isinstance(ids, fx.Node) or not isinstance(values, fx.Node):
+    if dim not in (-1, len(ev.shape(node)) - 1) or not isinstance(ids, fx.Node) or not isinstance(values, fx.Node):
         return None
     if not _is_zero_at_fill(scores, node, base, ev):
         return None
-    weights = values
+    slots = ev.shape(ids)[-1]
+    values = weights = separate.rows_of(values, slots, ev, before)
     for step in reversed(chain):
         weights = _again(step, weights, before)
-    return ids, values, weights
+    return separate.rows_of(ids, slots, ev, before), values, weights
+
+
+def _like(node: fx.Node, idx: Sequence[object], at: Sequence[int], ev: Elements) -> bool:
+    """Whether a tensor has the rows of scores whose last position is `at`, and idx is their last element."""
+    shape = ev.shape(node)
+    return (
+        shape[-1] == at[-1] + 1
+        and rows.count(shape) == rows.count(tuple(a + 1 for a in at))
+        and idx == tuple(s - 1 for s in shape)
+    )
 
 
 def _is_zero_at_fill(scores: fx.Node, scatter: fx.Node, base: object, ev: Elements) -> bool:
-    at = (0,) * len(ev.shape(scores))
     if not isinstance(base, fx.Node):
         return False
-    fill = ev.at(base, at)
-    score = Elements(ev.sizes, stop=lambda n: n is scatter).at(scores, at)
+    fill = ev.at(base, (0,) * len(ev.shape(base)))
+    score = Elements(ev.sizes, stop=lambda n: n is scatter).at(scores, (0,) * len(ev.shape(scores)))
     if fill.const is None:
         return False
     return value(score, dict.fromkeys(leaves([score]), float(fill.const))) == 0.0
@@ -68,3 +96,81 @@ def _again(step: fx.Node, source: fx.Node, before: fx.Node) -> fx.Node:
     args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
     node.meta["val"] = step.target(*args, **step.kwargs)  # type: ignore[operator]
     return node
+
+
+# ----------------------------------------------------------------------------------------------------- compared
+
+
+def _compared(scores: fx.Node, before: fx.Node, ev: Elements) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    tokens, experts = ev.shape(scores)
+    inside = _from_masks(scores)
+    near = Elements(
+        ev.sizes,
+        stop=lambda n: n not in inside and bool(n.all_input_nodes),
+        indices=ev,
+        also={aten.bmm.default: written_out},
+    )
+    pairs = []
+    for atoms, scale in polynomial(near.at(scores, (tokens - 1, experts - 1))).items():
+        equal = [a for a in atoms if chooses(a)]
+        weights = [a for a in atoms if a.op == "load"]
+        if (len(equal), len(weights), len(atoms), scale) != (1, 1, 2, 1.0) or equal[0].args[1].const != experts - 1:
+            return None
+        pairs.append((equal[0].args[0], weights[0]))
+    if not pairs:
+        return None
+    ids, found = slots_of(pairs, tokens, len(pairs), before, ev)
+    return ids, found, found
+
+
+def _from_masks(scores: fx.Node) -> set[fx.Node]:
+    """The nodes behind scores that depend on a comparison of integers."""
+    behind: set[fx.Node] = set()
+    stack = [scores]
+    while stack:
+        node = stack.pop()
+        if node not in behind:
+            behind.add(node)
+            stack.extend(node.all_input_nodes)
+    found: set[fx.Node] = set()
+    for node in sorted(behind):
+        if is_mask(node) or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def is_mask(node: fx.Node) -> bool:
+    """Whether the node compares integers with integers for equality."""
+    if node.target not in (aten.eq.Scalar, aten.eq.Tensor):
+        return False
+    return not node.args[0].meta["val"].is_floating_point()  # type: ignore[union-attr]
+
+
+def chooses(factor: Expr) -> bool:
+    """Whether a factor compares an id with an expert's number."""
+    return factor.op == "eq" and factor.args[0].op == "load" and isinstance(factor.args[1].const, int)
+
+
+def slots_of(
+    pairs: Sequence[tuple[Expr, Expr]], tokens: int, slots: int, before: fx.Node, ev: Elements
+) -> tuple[fx.Node, fx.Node]:
+    """(ids, weights), each [tokens, slots], of which `pairs` are elements of the last row; NoExperts where one's id and
+    weight are in different slots."""
+    ids, weights = (_holder(e, (tokens, slots), ev) for e in pairs[0])
+    if ids is None or weights is None:
+        raise NoExperts(f"{pairs[0][0 if ids is None else 1]} is no element of a [tokens, slots] tensor")
+    for pick, weight in pairs:
+        at = _position(pick, ids, ev), _position(weight, weights, ev)
+        if at[0] is None or at[0] != at[1]:
+            raise NoExperts(f"the expert chosen by {pick} is weighted by {weight}")
+    return separate.rows_of(ids, slots, ev, before), separate.rows_of(weights, slots, ev, before)
+
+
+def _holder(element: Expr, shape: tuple[int, int], ev: Elements) -> fx.Node | None:
+    """The node nearest to an element that is a tensor [.., slots] and has it in its last row."""
+    return next((n for n, _ in rows.matrices(element.args, shape, ev)), None)
+
+
+def _position(element: Expr, holder: fx.Node, ev: Elements) -> object:
+    """The slot at which `holder` has an element; None if it has not."""
+    return next((idx[-1] for n, idx in trail(element.args[0], element.args[1], ev) if n is holder), None)

@@ -101,9 +101,12 @@ class Elements:
         sizes: Sizes | None = None,
         stop: Callable[[fx.Node], bool] = lambda n: False,
         indices: "Elements | None" = None,
+        also: Mapping[Any, Handler] | None = None,
     ) -> None:
         self.sizes = sizes or Sizes()
         self.stop = stop
+        #: Handlers of ops that are leaves otherwise.
+        self.also = also or {}
         #: Evaluates the integer tensors that choose elements, for which `stop` does not hold.
         self.indices = indices or self
         self._interned: dict[Any, Expr] = indices._interned if indices else {}
@@ -158,7 +161,7 @@ class Elements:
     def _evaluate(self, node: fx.Node, idx: Position) -> Expr:
         if node.op != "call_function" or self.stop(node):
             return self.load(node, idx)
-        handler = HANDLERS.get(node.target)
+        handler = self.also.get(node.target) or HANDLERS.get(node.target)
         try:
             found = handler(self, node, idx) if handler else None
         except Unknown:

@@ -183,18 +183,22 @@ def given(site: MoeSite) -> list[fx.Node]:
 # ------------------------------------------------------------------------------------------------- rows of tokens
 
 
-def size_of(node: fx.Node, dim: int) -> Any:
-    """A size as an argument: an int, or a node that gives it."""
+def _size(node: fx.Node, dim: int) -> Any:
+    """A size as an argument: an int, or the graph's input that gives it."""
     size = node.meta["val"].shape[dim]
     if isinstance(size, int):
         return size
-    raise NotStored("tokens in several dimensions of symbolic size")
+    for given in node.graph.find_nodes(op="placeholder"):
+        value = given.meta.get("val")
+        if isinstance(value, torch.SymInt) and value.node.expr == size.node.expr:
+            return given
+    raise NotStored(f"tokens in several dimensions, of which one has the symbolic size {size}")
 
 
 def reshaped(node: fx.Node, shape: list[Any]) -> fx.Node:
     """A view of a node, inserted where the graph's insertion point is."""
     view = node.graph.call_function(aten.reshape.default, (node, shape))
-    view.meta["val"] = node.meta["val"].reshape(shape)
+    view.meta["val"] = node.meta["val"].reshape(fx.node.map_arg(shape, lambda n: n.meta["val"]))
     return view
 
 
@@ -204,3 +208,20 @@ def rows_of(node: fx.Node, width: int, ev: Elements, before: fx.Node) -> fx.Node
         return node
     with before.graph.inserting_before(before):
         return reshaped(node, [-1, width])
+
+
+def flat(root: fx.Node, ev: Elements) -> fx.Node:
+    """A block's output as [tokens, hidden]: where it has more dimensions, its users get it back by a view of that."""
+    shape = ev.shape(root)
+    if len(shape) == 2:
+        return root
+    unknown = next((d for d, s in enumerate(root.meta["val"].shape) if not isinstance(s, int)), None)
+    back = [-1 if d == unknown else _size(root, d) for d in range(len(shape))]
+    users = list(root.users)
+    with root.graph.inserting_after(root):
+        rows = reshaped(root, [-1, shape[-1]])
+    with root.graph.inserting_after(rows):
+        whole = reshaped(rows, back)
+    for user in users:
+        user.replace_input_with(root, whole)
+    return rows

@@ -5,7 +5,9 @@ numbers are rewritten in proportion, matching each view's groups of dimensions b
 rewritten is refused, never guessed: a wrong guess would show as a shape error or a failed comparison.
 """
 
-from collections.abc import Callable, Collection, Sequence
+import itertools
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,12 +96,26 @@ def _view(node: fx.Node, values: dict[fx.Node, Any], sizes: Sizes) -> Tensor:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     value: Tensor = values[source]
-    return value.reshape(_new_shape(sizes.shape(source), sizes.shape(node), tuple(value.shape)))
+    old, small = sizes.shape(source), tuple(value.shape)
+    return value.reshape(_new_shape(old, sizes.shape(node), small, {} if old == small else _shrunk(values, sizes)))
 
 
-def _new_shape(old: tuple[int, ...], new: tuple[int, ...], small: tuple[int, ...]) -> list[int]:
+def _shrunk(values: dict[fx.Node, Any], sizes: Sizes) -> dict[int, set[int]]:
+    """What the sizes of the values so far have shrunk to."""
+    found: dict[int, set[int]] = {}
+    for node, value in values.items():
+        if isinstance(value, Tensor) and isinstance(node.meta.get("val"), Tensor):
+            for old, small in zip(sizes.shape(node), value.shape, strict=False):
+                found.setdefault(old, set()).add(small)
+    return found
+
+
+def _new_shape(
+    old: tuple[int, ...], new: tuple[int, ...], small: tuple[int, ...], shrunk: Mapping[int, Collection[int]]
+) -> list[int]:
     """The small instance's counterpart of viewing `old` as `new`: groups of dimensions with equal products go together, and
-    within one, dimensions that were not shrunk keep their sizes."""
+    within one, dimensions that were not shrunk keep their sizes. Where a shrunk one splits, its parts are sizes that others
+    have shrunk to, in the one way that fits."""
     out: list[int] = []
     i = j = 0
     while i < len(new) or j < len(old):
@@ -118,22 +134,25 @@ def _new_shape(old: tuple[int, ...], new: tuple[int, ...], small: tuple[int, ...
                 if j == len(old):
                     raise CannotShrink(f"a view of {old} as {new}")
                 b, j = b * old[j], j + 1
-        out.extend(_new_group(old[j0:j], new[i0:i], small[j0:j]))
+        out.extend(_new_group(old[j0:j], new[i0:i], small[j0:j], shrunk))
     return out
 
 
-def _new_group(old: tuple[int, ...], new: tuple[int, ...], small: tuple[int, ...]) -> list[int]:
+def _new_group(
+    old: tuple[int, ...], new: tuple[int, ...], small: tuple[int, ...], shrunk: Mapping[int, Collection[int]]
+) -> list[int]:
     if old == small:
         return list(new)
     big = [s for o, s in zip(old, small, strict=True) if o != 1]
     if [n for n in new if n != 1] == [o for o in old if o != 1]:
         it = iter(big)
         return [1 if n == 1 else next(it) for n in new]
+    total = math.prod(small)
     if len([n for n in new if n != 1]) == 1:
-        total = 1
-        for s in small:
-            total *= s
         return [1 if n == 1 else total for n in new]
+    ways = [w for w in itertools.product(*({n, *shrunk.get(n, ())} for n in new)) if math.prod(w) == total]
+    if len(ways) == 1:
+        return list(ways[0])
     raise CannotShrink(f"a view that splits a shrunk dimension: {old} as {new}")
 
 

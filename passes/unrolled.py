@@ -17,9 +17,11 @@ from braze.kernels.expression import g as G
 from braze.kernels.expression import u as U
 from braze.kernels.spec import GateUpLayout, MoeSpec
 from braze.passes import activation, separate
-from braze.passes.dense import sparse_scores
+from braze.passes.dense import chooses, is_mask, slots_of, sparse_scores
 from braze.passes.elements import HANDLERS, Elements, Expr, Position, Sizes, Unknown, leaves, trail
 from braze.passes.linear import TooLarge, polynomial
+from braze.passes.products import NoExperts
+from braze.passes.rows import count
 from braze.passes.sites import MoeSite, NearMiss, source_line
 
 aten = torch.ops.aten
@@ -28,7 +30,7 @@ aten = torch.ops.aten
 MAX_EXPERTS = 256
 
 
-class NoLoop(Exception):
+class NoLoop(NoExperts):
     """Why products that are masked and added up are no expert block."""
 
 
@@ -66,12 +68,12 @@ def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[MoeSite], list[NearMiss]]:
     """Every unrolled expert block of the graph, and every masked sum of experts that is none, with the reason."""
     sites: list[MoeSite] = []
     misses: list[NearMiss] = []
-    masks = [n for n in graph.nodes if _is_mask(n) or n.target is aten.scatter.src]
+    masks = [n for n in graph.nodes if is_mask(n) or n.target is aten.scatter.src]
     if not masks:
         return sites, misses
     ev = Elements(sizes)
     downs = [n for n in graph.nodes if is_plain(n) and _firsts(n, 0, ev)]
-    inside = _behind({*downs, *(n for n in masks if _is_mask(n))})
+    inside = _behind({*downs, *(n for n in masks if is_mask(n))})
     done: set[fx.Node] = set()
     for down in downs:
         if down in done:
@@ -83,16 +85,9 @@ def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[MoeSite], list[NearMiss]]:
         done.update(t.product for t in terms)
         try:
             sites.append(_site(root, terms, ev))
-        except (NoLoop, Unknown, TooLarge, separate.NotStored) as e:
+        except (NoExperts, Unknown, TooLarge, separate.NotStored) as e:
             misses.append(NearMiss("moe", root.name, "find", str(e), source_line([root, down])))
     return sites, misses
-
-
-def _is_mask(node: fx.Node) -> bool:
-    """Whether the node compares integers with integers for equality."""
-    if node.target not in (aten.eq.Scalar, aten.eq.Tensor):
-        return False
-    return not node.args[0].meta["val"].is_floating_point()  # type: ignore[union-attr]
 
 
 def _behind(seeds: set[fx.Node]) -> set[fx.Node]:
@@ -159,7 +154,7 @@ def _terms(expr: Expr, memo: dict[Expr, Any], ev: Elements) -> list[Term]:
 
 
 def _term(product: fx.Node, scale: float, factors: set[Expr], ev: Elements) -> Term | None:
-    equal = [a for a in factors if _chooses(a)]
+    equal = [a for a in factors if chooses(a)]
     weights = [a for a in factors if a.op == "load"]
     implied = [a for a in factors if a.op == "gt" and a.args[1].const == 0 and set(equal) & _summands(a.args[0])]
     if len(weights) != 1 or len(equal) + len(implied) + 1 != len(factors):
@@ -170,10 +165,6 @@ def _term(product: fx.Node, scale: float, factors: set[Expr], ev: Elements) -> T
         if not equal and len(idx) > 1 and ev.shape(node)[-1] > 1 and isinstance(idx[-1], int):
             return Term(product, scale, idx[-1], None, ev.load(node, idx))
     return None
-
-
-def _chooses(factor: Expr) -> bool:
-    return factor.op == "eq" and factor.args[0].op == "load" and isinstance(factor.args[1].const, int)
 
 
 def _summands(expr: Expr) -> set[Expr]:
@@ -203,36 +194,21 @@ def _site(root: fx.Node, terms: Sequence[Term], ev: Elements) -> MoeSite:
     if layout == "halves" and len(experts[0].firsts) == 1 and not _width_fits(downs[0], experts[0], 2, ev):
         raise NoLoop("the first product has columns that are not used")
 
-    rows = ev.shape(root)[:-1]
+    tokens = count(ev.shape(root)[:-1])
     x = _input(experts, ev)
     if ev.shape(x)[-1] != ev.shape(root)[-1]:
         raise NoLoop("the experts' input and output have different sizes")
     ups = [[separate.stored(f, ev) for f in e.firsts] for e in experts]
     lows = [[separate.stored(d, ev)] for d in downs]
     _check_private(root, experts, downs)
-    ids, values, weights = _routing(root, terms, rows, ev)
-    site_root = _flat_root(root, ev)
+    ids, values, weights = _routing(root, terms, tokens, ev)
+    site_root = separate.flat(root, ev)
     stored_x = separate.rows_of(x, ev.shape(x)[-1], ev, site_root)
     w1, w2, transposed = separate.weights(ups, lows, site_root, ev)
     b1 = separate.biases(ups, bool(separate.lists(w1)), site_root, ev)
     b2 = separate.biases(lows, bool(separate.lists(w2)), site_root, ev)
     spec = MoeSpec(text, layout, transposed, "output", scales.pop(), root.meta["val"].dtype)
     return MoeSite(site_root, stored_x, ids, weights, w1, w2, b1, b2, values, spec, "unrolled")
-
-
-def _flat_root(root: fx.Node, ev: Elements) -> fx.Node:
-    """The root as [tokens, hidden]: where it has more dimensions, its users get it back by a view of that."""
-    shape = ev.shape(root)
-    if len(shape) == 2:
-        return root
-    users = list(root.users)
-    with root.graph.inserting_after(root):
-        flat = separate.reshaped(root, [-1, shape[-1]])
-    with root.graph.inserting_after(flat):
-        back = separate.reshaped(flat, [separate.size_of(root, d) for d in range(len(shape))])
-    for user in users:
-        user.replace_input_with(root, back)
-    return flat
 
 
 def _check_private(root: fx.Node, experts: Sequence[Expert], downs: Sequence[fx.Node]) -> None:
@@ -253,58 +229,22 @@ def _check_private(root: fx.Node, experts: Sequence[Expert], downs: Sequence[fx.
                     raise NoLoop(f"the intermediate {node.name} is also {what}")
 
 
-def _routing(
-    root: fx.Node, terms: Sequence[Term], rows: tuple[int, ...], ev: Elements
-) -> tuple[fx.Node, fx.Node, fx.Node]:
+def _routing(root: fx.Node, terms: Sequence[Term], tokens: int, ev: Elements) -> tuple[fx.Node, fx.Node, fx.Node]:
     """(ids, values, weights), each [tokens, slots], from the terms' masks or from dense scores that were scattered."""
     if all(t.ids is None for t in terms):
         scores = terms[0].weight.args[0]
         if any(t.weight.args[0] is not scores for t in terms):
             raise NoLoop("the experts' scores are columns of different tensors")
-        if len(ev.shape(scores)) != 2:
-            raise NoLoop(f"the dense weights {scores.name} are no [tokens, experts] tensor")
-        found = sparse_scores(scores, root, ev)
-        if found is None:
-            raise NoLoop(f"the dense weights {scores.name} do not come from a top-k that was scattered")
-        return found
+        return sparse_scores(separate.rows_of(scores, ev.shape(scores)[-1], ev, root), root, ev)
     if any(t.ids is None for t in terms):
         raise NoLoop("only some experts are masked by ids")
-    picks = [t.ids for t in terms if t.ids is not None]
-    slots = len(terms) // len({t.expert for t in terms})
-    ids, weights = (_holder(e, rows, slots, ev) for e in (picks[0], terms[0].weight))
-    if ids is None or weights is None:
-        what = picks[0] if ids is None else terms[0].weight
-        raise NoLoop(f"{what} is no element of a [tokens, slots] tensor")
-    for t in terms:
-        assert t.ids is not None
-        at = _position(t.ids, ids, ev), _position(t.weight, weights, ev)
-        if at[0] is None or at[0] != at[1]:
-            raise NoLoop(f"the expert chosen by {t.ids} is weighted by {t.weight}")
-    if len(terms) != slots * len({t.expert for t in terms}):
+    pairs = [(t.ids, t.weight) for t in terms if t.ids is not None]
+    experts = len({t.expert for t in terms})
+    slots = len(terms) // experts
+    ids, weights = slots_of(pairs, tokens, slots, root, ev)
+    if len(terms) != slots * experts:
         raise NoLoop("not every expert is masked by every slot of the ids")
-    flat = separate.rows_of(weights, slots, ev, root)
-    return separate.rows_of(ids, slots, ev, root), flat, flat
-
-
-def _holder(element: Expr, rows: tuple[int, ...], slots: int, ev: Elements) -> fx.Node | None:
-    """The node nearest to an element that is a tensor [*rows, slots], or [tokens, slots], and has it in its last row."""
-    shapes = ((*rows, slots), (_product(rows), slots))
-    for node, idx in trail(element.args[0], element.args[1], ev):
-        if ev.shape(node) in shapes and idx[:-1] == tuple(s - 1 for s in ev.shape(node)[:-1]):
-            return node
-    return None
-
-
-def _product(sizes: Sequence[int]) -> int:
-    out = 1
-    for s in sizes:
-        out *= s
-    return out
-
-
-def _position(element: Expr, holder: fx.Node, ev: Elements) -> Any:
-    """The slot at which `holder` has an element; None if it has not."""
-    return next((idx[-1] for n, idx in trail(element.args[0], element.args[1], ev) if n is holder), None)
+    return ids, weights, weights
 
 
 # --------------------------------------------------------------------------------------------- between the products
@@ -404,6 +344,6 @@ def _holds_rows(node: fx.Node, idx: Position, rows: fx.Node, ev: Elements) -> bo
     return (
         shape[-1] == hidden
         and idx == (*(s - 1 for s in shape[:-1]), 0)
-        and _product(shape[:-1]) == tokens
+        and count(shape[:-1]) == tokens
         and node.meta["val"].dtype == rows.meta["val"].dtype
     )

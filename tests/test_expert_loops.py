@@ -285,7 +285,7 @@ REFUSED: dict[str, tuple[type[Loop], str]] = {
     "ids and weights of different slots": (TwoRouters, "is weighted by"),
     "another activation": (OtherActivation, "different activations"),
     "an expert left out": (ExpertSkipped, "not 0 up to their number"),
-    "a slot left out": (SlotDropped, ""),
+    "a slot left out": (SlotDropped, "is weighted by"),
     "another input": (OtherInput, "do not read one tensor"),
     "an expert's output used elsewhere": (Kept, "is also"),
 }

@@ -1,0 +1,169 @@
+"""What lies between two expert products: a[i] = act(g[i] + b1[i], u[i] + b1[..]), times the router's weight where it is there.
+
+g and u are columns of the expert's first weight, halves or interleaved; w a W2 = w (a W2), so a weight on the activation
+is one on the expert's output.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from braze.kernels.expression import g as G
+from braze.kernels.expression import u as U
+from braze.kernels.spec import GateUpLayout
+from braze.passes import activation, products
+from braze.passes.combine import Term, inner, present
+from braze.passes.elements import Elements, Expr, Position, leaves
+from braze.passes.products import NoExperts, Pair, Side
+
+
+@dataclass(frozen=True)
+class Between:
+    """The scalar function between the products. side: the first product's weights; idx: the element of the first product
+    that g stands for; weights: the loads by which the activation is multiplied, the router's."""
+
+    text: str
+    layout: GateUpLayout
+    bias: fx.Node | None
+    idx: Position
+    side: Side
+    weights: tuple[Expr, ...]
+
+
+def between(pair: Pair, term: Term, size: int, is_weight: Callable[[Expr], bool], ev: Elements) -> Between:
+    """What feeds the second product's row of `term`, whose inner size is `size`; NoExperts where it is no activation."""
+    found = [_at(pair, term, i, is_weight, ev) for i in range(min(2, size))]
+    columns = [f.columns for f in found]
+    side = found[0].side
+    width = ev.shape(side.weight)[2 if side.transposed else 1]
+    layout = _layout(columns, size, width)
+    texts = [f.text for f in found]
+    if len(set(texts)) != 1:
+        raise NoExperts(f"the activation differs between columns: {texts[0]} and {texts[-1]}")
+    return Between(texts[0], layout, found[0].bias, found[0].idx, side, found[0].weights)
+
+
+def _layout(columns: list[tuple[int, ...]], size: int, width: int) -> GateUpLayout:
+    choices: dict[GateUpLayout, list[tuple[int, ...]]] = {
+        "halves": [(i, i + size) for i in range(len(columns))],
+        "interleaved": [(2 * i, 2 * i + 1) for i in range(len(columns))],
+        "none": [(i,) for i in range(len(columns))],
+    }
+    for layout, expected in choices.items():
+        if columns == expected:
+            if width != size * len(columns[0]):
+                raise NoExperts(f"the first product has {width} columns for an inner size of {size}")
+            return layout
+    raise NoExperts(f"gate and up are columns {columns} of the first product: neither halves nor interleaved")
+
+
+@dataclass(frozen=True)
+class _At:
+    """The activation at one inner index."""
+
+    columns: tuple[int, ...]
+    idx: Position
+    text: str
+    bias: fx.Node | None
+    side: Side
+    weights: tuple[Expr, ...]
+
+
+def _at(pair: Pair, term: Term, i: int, is_weight: Callable[[Expr], bool], ev: Elements) -> _At:
+    element, weights = _element(pair, term, i, is_weight, ev)
+    loads = [e for e in leaves([element]) if e.args[0] is pair.first]
+    by_column: dict[Any, Expr] = {}
+    sides = []
+    for e in loads:
+        side = products.weight_side(pair.first, e.args[1], pair.first_left, ev)
+        column = products.column(pair.first, e.args[1], pair.first_left)
+        if not isinstance(column, int):
+            raise NoExperts("an element between the products is picked by an index that is not known")
+        if side is None:
+            raise NoExperts("the first product's weights are no [experts, ., .] tensor, indexed plainly")
+        sides.append(side)
+        by_column[side.column] = e
+    columns = tuple(sorted(by_column))
+    if not 1 <= len(columns) <= 2 or len(loads) != len(columns):
+        raise NoExperts(f"an element between the products depends on {len(loads)} elements of the first")
+    if len({(s.weight, s.expert, s.transposed) for s in sides}) != 1:
+        raise NoExperts("gate and up are columns of different weights")
+    symbols: dict[Expr, Any] = {}
+    biases: set[fx.Node] = set()
+    for column, symbol in zip(columns, (G, U), strict=False):
+        summed = _with_bias(element, by_column[column], column)
+        symbols[summed or by_column[column]] = symbol
+        if summed is not None:
+            biases.update(a.args[0] for a in summed.args if a is not by_column[column])
+    try:
+        text = activation.text(element, symbols)
+    except activation.NotScalar as e:
+        raise NoExperts(str(e)) from None
+    if len(biases) > 1:
+        raise NoExperts("gate and up have biases of different tensors")
+    return _At(columns, by_column[columns[0]].args[1], text, next(iter(biases), None), sides[0], weights)
+
+
+def _element(
+    pair: Pair, term: Term, i: int, is_weight: Callable[[Expr], bool], ev: Elements
+) -> tuple[Expr, tuple[Expr, ...]]:
+    """The activation at inner index i over the first product's elements, and the weights that it is multiplied by."""
+    ways = inner(pair.first, pair.second)
+    near = Elements(ev.sizes, stop=lambda n: n is pair.first or n not in ways, indices=ev)
+    start = products.input_element(pair.second, term.idx, term.start + i * term.step, pair.second_left)
+    element = present(near.at(*start), ev)
+    weights = tuple(f for f in _factors(element) if f.op == "load" and f.args[0] is not pair.first and is_weight(f))
+    return _seen_through(_without(element, set(weights), ev), pair.first, ev), weights
+
+
+def _factors(e: Expr) -> Iterator[Expr]:
+    if e.op == "mul":
+        for a in e.args:
+            yield from _factors(a)
+    else:
+        yield e
+
+
+def _without(e: Expr, factors: set[Expr], ev: Elements) -> Expr:
+    """A product without some of its factors."""
+    if e in factors:
+        return ev.const(1)
+    return ev.make("mul", *(_without(a, factors, ev) for a in e.args)) if e.op == "mul" and factors else e
+
+
+def _seen_through(e: Expr, first: fx.Node, ev: Elements) -> Expr:
+    """An expression with elements from outside evaluated as far as they go."""
+    memo: dict[Expr, Expr] = {}
+
+    def go(e: Expr) -> Expr:
+        if e.op == "const" or (e.op == "load" and e.args[0] is first):
+            return e
+        if e not in memo:
+            memo[e] = ev.at(*e.args) if e.op == "load" else ev.make(e.op, *map(go, e.args))
+        return memo[e]
+
+    return go(e)
+
+
+def _with_bias(element: Expr, load: Expr, column: int) -> Expr | None:
+    """The sum of a first product's element and its bias, where the element occurs only in that sum."""
+    users = [e for e in _subexpressions(element) if load in e.args]
+    if len(users) == 1 and users[0].op == "add":
+        (other,) = [a for a in users[0].args if a is not load] or [load]
+        if other.op == "load" and len(other.args[1]) == 2 and other.args[1][1] == column:
+            return users[0]
+    return None
+
+
+def _subexpressions(expr: Expr) -> Iterator[Expr]:
+    seen: set[Expr] = set()
+    stack = [expr]
+    while stack:
+        e = stack.pop()
+        if e in seen or e.op in ("const", "load"):
+            continue
+        seen.add(e)
+        yield e
+        stack.extend(e.args)
