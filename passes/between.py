@@ -15,7 +15,7 @@ from braze.kernels.expression import u as U
 from braze.kernels.spec import GateUpLayout
 from braze.passes import activation, products
 from braze.passes.combine import Term, inner, present
-from braze.passes.elements import Elements, Expr, Position, leaves
+from braze.passes.elements import Elements, Expr, Position, leaves, subexpressions
 from braze.passes.products import NoExperts, Pair, Side
 
 
@@ -149,21 +149,9 @@ def _seen_through(e: Expr, first: fx.Node, ev: Elements) -> Expr:
 
 def _with_bias(element: Expr, load: Expr, column: int) -> Expr | None:
     """The sum of a first product's element and its bias, where the element occurs only in that sum."""
-    users = [e for e in _subexpressions(element) if load in e.args]
+    users = [e for e in subexpressions(element) if load in e.args]
     if len(users) == 1 and users[0].op == "add":
         (other,) = [a for a in users[0].args if a is not load] or [load]
         if other.op == "load" and len(other.args[1]) == 2 and other.args[1][1] == column:
             return users[0]
     return None
-
-
-def _subexpressions(expr: Expr) -> Iterator[Expr]:
-    seen: set[Expr] = set()
-    stack = [expr]
-    while stack:
-        e = stack.pop()
-        if e in seen or e.op in ("const", "load"):
-            continue
-        seen.add(e)
-        yield e
-        stack.extend(e.args)

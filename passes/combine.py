@@ -47,17 +47,12 @@ def root_of(pair: Pair, left: bool, ev: Elements) -> fx.Node:
         if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
             break
         if node.target is aten.sum.dim_IntList:
-            return _with_tail(_as_rows(node, ev))
+            return output_of(node, ev)
         if node.target is aten.bmm.default and _combines(node, pair, left, ev):
-            return _with_tail(_as_rows(node, ev))
+            return output_of(node, ev)
         if node.meta["val"].ndim == 2:
             last = node
     return last
-
-
-def rows_after(second: fx.Node, ev: Elements) -> fx.Node:
-    """The output of a second product that sums over the experts too."""
-    return _with_tail(_as_rows(second, ev))
 
 
 def _combines(node: fx.Node, pair: Pair, left: bool, ev: Elements) -> bool:
@@ -72,6 +67,11 @@ def _combines(node: fx.Node, pair: Pair, left: bool, ev: Elements) -> bool:
         if found:
             return len({column(pair.second, idx, left) for idx in found}) == 1
     return False
+
+
+def output_of(node: fx.Node, ev: Elements) -> fx.Node:
+    """A sum of rows as a matrix, with casts and a constant factor after it."""
+    return _with_tail(_as_rows(node, ev))
 
 
 def _as_rows(node: fx.Node, ev: Elements) -> fx.Node:
@@ -138,9 +138,15 @@ def terms_of(pair: Pair, root: fx.Node, at: Position, ev: Elements) -> list[Term
         indices=ev,
         also={aten.bmm.default: written_out},
     )
+    return split(present(outside.at(root, at), ev), pair, chain, at[-1], ev)
+
+
+def split(expr: Expr, pair: Pair, chain: set[fx.Node], last: int, ev: Elements) -> list[Term]:
+    """The rows in an expression over the second product's elements and over elements from outside of `chain`, for the last
+    column."""
     terms: dict[Position, Term] = {}
     biases: list[tuple[float, frozenset[Expr], Expr]] = []
-    for atoms, constant in polynomial(present(outside.at(root, at), ev)).items():
+    for atoms, constant in polynomial(expr).items():
         rows = [a for a in atoms if a.op == "load" and a.args[0] is pair.second]
         rest = [a for a in atoms if a not in rows]
         if len(rows) == 1:
@@ -148,7 +154,7 @@ def terms_of(pair: Pair, root: fx.Node, at: Position, ev: Elements) -> list[Term
                 raise NoExperts("a row is added up twice")
             terms[rows[0].args[1]] = Term(rows[0].args[1], constant, frozenset(rest))
             continue
-        added = [a for a in rest if a.op == "load" and a.args[0] not in chain and _is_bias(a, at[-1], ev)]
+        added = [a for a in rest if a.op == "load" and a.args[0] not in chain and _is_bias(a, last, ev)]
         if rows or len(added) != 1:
             raise NoExperts("the output is not linear in the second product's rows")
         biases.append((constant, frozenset(a for a in rest if a is not added[0]), added[0]))

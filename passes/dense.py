@@ -19,15 +19,10 @@ from braze.passes.products import NoExperts
 aten = torch.ops.aten
 
 
-def sparse_scores(scores: fx.Node, before: fx.Node, ev: Elements) -> tuple[fx.Node, fx.Node, fx.Node]:
+def sparse_scores(scores: fx.Node, before: fx.Node, ev: Elements) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """(ids, values, weights) [T, k] of dense `scores` [T, E], new nodes before `before`: weights are computed from values.
-    NoExperts where the scores are not sparse."""
-    found = _scattered(scores, before, ev) or _compared(scores, before, ev)
-    if found is None:
-        raise NoExperts(
-            f"the dense weights {scores.name} are no top-k, scattered or compared with the experts' numbers"
-        )
-    return found
+    None where the scores are not made in one of these ways."""
+    return _scattered(scores, before, ev) or _compared(scores, before, ev)
 
 
 # ---------------------------------------------------------------------------------------------------- scattered
@@ -103,15 +98,8 @@ def _again(step: fx.Node, source: fx.Node, before: fx.Node) -> fx.Node:
 
 def _compared(scores: fx.Node, before: fx.Node, ev: Elements) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     tokens, experts = ev.shape(scores)
-    inside = _from_masks(scores)
-    near = Elements(
-        ev.sizes,
-        stop=lambda n: n not in inside and bool(n.all_input_nodes),
-        indices=ev,
-        also={aten.bmm.default: written_out},
-    )
     pairs = []
-    for atoms, scale in polynomial(near.at(scores, (tokens - 1, experts - 1))).items():
+    for atoms, scale in polynomial(over_masks(scores, ev).at(scores, (tokens - 1, experts - 1))).items():
         equal = [a for a in atoms if chooses(a)]
         weights = [a for a in atoms if a.op == "load"]
         if (len(equal), len(weights), len(atoms), scale) != (1, 1, 2, 1.0) or equal[0].args[1].const != experts - 1:
@@ -123,20 +111,28 @@ def _compared(scores: fx.Node, before: fx.Node, ev: Elements) -> tuple[fx.Node, 
     return ids, found, found
 
 
-def _from_masks(scores: fx.Node) -> set[fx.Node]:
-    """The nodes behind scores that depend on a comparison of integers."""
+def over_masks(node: fx.Node, ev: Elements) -> Elements:
+    """Evaluates what depends on comparisons of integers, or on what integers scatter; all else behind a node is a leaf."""
     behind: set[fx.Node] = set()
-    stack = [scores]
+    stack = [node]
     while stack:
-        node = stack.pop()
-        if node not in behind:
-            behind.add(node)
-            stack.extend(node.all_input_nodes)
-    found: set[fx.Node] = set()
-    for node in sorted(behind):
-        if is_mask(node) or any(n in found for n in node.all_input_nodes):
-            found.add(node)
-    return found
+        n = stack.pop()
+        if n not in behind:
+            behind.add(n)
+            stack.extend(n.all_input_nodes)
+    masks: set[fx.Node] = set()
+    constants: set[fx.Node] = set()
+    for n in sorted(behind):
+        if is_mask(n) or n.target is aten.scatter.value or any(i in masks for i in n.all_input_nodes):
+            masks.add(n)
+        elif n.op == "call_function" and constants.issuperset(n.all_input_nodes):
+            constants.add(n)
+    return Elements(
+        ev.sizes,
+        stop=lambda n: n not in masks and n not in constants,
+        indices=ev,
+        also={aten.bmm.default: written_out},
+    )
 
 
 def is_mask(node: fx.Node) -> bool:

@@ -549,6 +549,27 @@ def _scatter(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
     return _inverse_of(ev, perm, base, values, idx) if len(idx) == 1 else None
 
 
+#: More integers a row than this, scattered, make a leaf.
+MAX_SCATTERED = 64
+
+
+@handles(aten.scatter.value)
+def _scatter_value(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
+    """A number where one of a row's integers is the last index: selects, one for each integer."""
+    base, dim, where, number = node.args[:4]
+    assert isinstance(base, fx.Node)
+    assert isinstance(where, fx.Node)
+    last = len(idx) - 1
+    shape = ev.shape(where)
+    if dim not in (-1, last) or shape[:-1] != ev.shape(base)[:-1] or shape[-1] > MAX_SCATTERED:
+        return None
+    value = ev.at(base, idx)
+    place = idx[-1] if isinstance(idx[-1], Expr) else ev.const(idx[-1])
+    for j in range(shape[-1]):
+        value = ev.make("where", ev.make("eq", ev.at(where, (*idx[:-1], j)), place), ev.at(number, ()), value)
+    return value
+
+
 def _inverse_of(ev: Elements, perm: Any, base: Any, values: Any, idx: Position) -> Expr | None:
     """The element at idx of `base` overwritten with `values` at `perm`, where that makes perm's inverse."""
     if not isinstance(perm, fx.Node) or ev.shape(perm) != ev.shape(_tensor(base)) or not _counts_up(ev, values, perm):

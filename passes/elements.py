@@ -228,6 +228,19 @@ def leaves(exprs: Iterable[Expr]) -> list[Expr]:
     return list(found)
 
 
+def subexpressions(expr: Expr) -> Iterator[Expr]:
+    """The expression and all it is made of, but for constants and loads, each once."""
+    seen: set[Expr] = set()
+    stack = [expr]
+    while stack:
+        e = stack.pop()
+        if e in seen or e.op in ("const", "load"):
+            continue
+        seen.add(e)
+        yield e
+        stack.extend(e.args)
+
+
 _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "add": operator.add,
     "sub": operator.sub,

@@ -15,9 +15,10 @@ import torch
 from torch import fx
 
 from braze.kernels.spec import MoeSpec, WeightOn
-from braze.passes import products, rows, separate, unrolled
+from braze.passes import capacity, products, rows, separate, unrolled
 from braze.passes.between import Between, between
-from braze.passes.combine import Term, check_private, inner, one_atom, root_of, rows_after, scale_of, terms_of
+from braze.passes.chosen import chosen_site
+from braze.passes.combine import Term, check_private, inner, one_atom, output_of, root_of, scale_of, terms_of
 from braze.passes.dense import sparse_scores
 from braze.passes.elements import Elements, Expr, Sizes, Unknown, leaves, trail
 from braze.passes.linear import TooLarge
@@ -41,7 +42,7 @@ def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[MoeSite], list[NearMiss]]:
             continue
         seconds.add(pair.second)
         try:
-            sites.append(_site(pair, ev))
+            sites.append(capacity.site(pair, ev) or _site(pair, ev))
         except (NoExperts, separate.NotStored, Unknown, TooLarge) as e:
             if _looks_like_experts(pair, ev):
                 misses.append(NearMiss("moe", node.name, "find", str(e), source_line([node])))
@@ -119,7 +120,7 @@ def _rows_left(product: fx.Node, ev: Elements) -> bool:
 
 def _site(pair: Pair, ev: Elements) -> MoeSite:
     parts = _experts_at_once(pair, ev)
-    root = rows_after(pair.second, ev) if len(parts) > 1 else root_of(pair, pair.second_left, ev)
+    root = output_of(pair.second, ev) if len(parts) > 1 else root_of(pair, pair.second_left, ev)
     check_private(inner(pair.first, root), root)
     shape = ev.shape(root)
     hidden, tokens = shape[-1], rows.count(shape[:-1])
@@ -151,9 +152,19 @@ def _site(pair: Pair, ev: Elements) -> MoeSite:
     root = separate.flat(root, ev)
     x = separate.rows_of(x, hidden, ev, root)
     values = weights = separate.rows_of(weights, slots, ev, root)
-    if ids is None:
-        ids, values, weights = sparse_scores(weights, root, ev)
-    return MoeSite(root, x, ids, weights, act.side.weight, w2.weight, act.bias, b2, values, spec, dispatch, masked)
+    site = MoeSite(
+        root, x, ids or weights, weights, act.side.weight, w2.weight, act.bias, b2, values, spec, dispatch, masked
+    )
+    return _sparse(site, ev) if ids is None else site
+
+
+def _sparse(site: MoeSite, ev: Elements) -> MoeSite:
+    """A site of all experts with the ids and weights of those that count; NoExperts where all may."""
+    found = sparse_scores(site.weights, site.root, ev)
+    if found is not None:
+        ids, values, weights = found
+        return replace(site, ids=ids, values=values, weights=weights)
+    return chosen_site(site, site.weights, ev)
 
 
 def _hidden(pair: Pair, ev: Elements) -> int:

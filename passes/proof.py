@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from braze.kernels import reference
-from braze.passes import element_ops, probes, separate, small  # noqa: F401  (element_ops fills the table that Elements reads)
+from braze.passes import element_ops, probes, small  # noqa: F401  (element_ops fills the table that Elements reads)
 from braze.passes.elements import Elements, Position, Sizes, Unknown
+from braze.passes.instances import instances
 from braze.passes.numeric import value
 from braze.passes.sites import MoeSite, RopeSite, RouterSite
 
@@ -80,25 +81,25 @@ def _compare_row(ev: Elements, site: RopeSite, p: Position, shape: tuple[int, ..
 def moe(site: MoeSite, sizes: Sequence[Sizes]) -> str:
     """The proof's outcome in words; Refused where the site is not what it was taken for."""
     worst = 0.0
-    cases = []
-    for binding in sizes:
-        inputs = _small_inputs(site, binding)
-        try:
-            expected = small.run(site.root, inputs, binding)
-            weights = (
-                small.run(site.weights, inputs, binding) if site.weights is not site.values else inputs[site.values]
-            )
-        except (small.CannotShrink, Unknown) as e:
-            raise Refused(str(e)) from None
-        b1, b2 = (inputs[b] if b is not None else None for b in (site.b1, site.b2))
-        got = reference.moe(
-            inputs[site.x], inputs[site.ids], weights, inputs[site.w1], inputs[site.w2], b1, b2,
-            replace(site.spec, out_dtype=torch.float64),
-        )  # fmt: skip
-        tokens, slots = inputs[site.ids].shape
-        cases.append(f"{tokens} x {slots} rows")
-        worst = max(worst, difference(got, expected, f"for {cases[-1]}"))
+    cases: dict[str, None] = {}
+    try:
+        for binding in sizes:
+            for inputs in instances(site, binding):
+                case, differs = _moe_case(site, inputs, binding)
+                cases[case] = None
+                worst = max(worst, differs)
+    except (small.CannotShrink, Unknown) as e:
+        raise Refused(str(e)) from None
     return f"small instance agrees in float64 ({', '.join(cases)}, worst {worst:.0e})"
+
+
+def _moe_case(site: MoeSite, inputs: dict[fx.Node, Tensor], sizes: Sizes) -> tuple[str, float]:
+    expected, ids, weights = small.run_all((site.root, site.ids, site.weights), inputs, sizes)
+    b1, b2 = (inputs[b] if b is not None else None for b in (site.b1, site.b2))
+    spec = replace(site.spec, out_dtype=torch.float64)
+    got = reference.moe(inputs[site.x], ids, weights, inputs[site.w1], inputs[site.w2], b1, b2, spec)
+    tokens, slots = ids.shape
+    return f"{tokens} x {slots} rows", difference(got, expected, f"for {tokens} x {slots} rows")
 
 
 def router(site: RouterSite, sizes: Sequence[Sizes]) -> str:
@@ -116,48 +117,6 @@ def router(site: RouterSite, sizes: Sequence[Sizes]) -> str:
                 what = "weights differ" if math.isfinite(worst) else "experts are chosen"
                 raise Refused(f"other {what} for logits {tuple(run.logits.shape)} (relative difference {worst:.1e})")
     return f"{rows} rows agree in float64 (worst {worst:.0e})"
-
-
-#: Hidden and intermediate sizes of the small instance; different, so that mixing them up shows.
-SMALL_HIDDEN, SMALL_INNER = 6, 4
-
-
-def _small_inputs(site: MoeSite, sizes: Sizes) -> dict[fx.Node, Tensor]:
-    """Random inputs for a small instance; the values between the products reach past any clamp that models use."""
-    rng = torch.Generator().manual_seed(0)
-    tokens, slots = sizes.shape(site.ids)
-    experts, *w1 = sizes.shape(site.w1)
-    gates = 1 if site.spec.layout == "none" else 2
-    hidden, inner = min(w1[1 - site.spec.transposed], SMALL_HIDDEN), min(w1[site.spec.transposed] // gates, SMALL_INNER)
-    used = experts - 1 if experts > slots else experts
-
-    def normal(*shape: int, std: float = 1.0) -> Tensor:
-        return torch.randn(shape, generator=rng, dtype=torch.float64) * std
-
-    up, down = (hidden, gates * inner), (inner, hidden)
-    if not site.spec.transposed:
-        up, down = up[::-1], down[::-1]
-    ids = torch.rand((tokens, used), generator=rng).argsort(1)[:, :slots].to(site.ids.meta["val"].dtype)
-    if site.masked and tokens > 1:
-        ids[0, 0] = experts  # an expert that is elsewhere
-    inputs = {
-        site.ids: ids,
-        site.x: normal(tokens, hidden, std=3.0),
-        site.values: normal(tokens, slots),
-        site.w1: normal(experts, *up, std=2.0),
-        site.w2: normal(experts, *down),
-    }
-    for source, view in separate.viewed(site).items():
-        shape = sizes.shape(source)
-        inputs[source] = inputs[view].reshape(*shape[:-1], hidden if view is site.x else shape[-1])
-    if site.b1 is not None:
-        inputs[site.b1] = normal(experts, gates * inner)
-    if site.b2 is not None:
-        inputs[site.b2] = normal(experts, hidden)
-    for node in (site.w1, site.w2, site.b1, site.b2):
-        if node is not None:
-            inputs.update(separate.parts_of(node, inputs[node]))
-    return inputs
 
 
 def difference(got: Tensor, expected: Tensor, where: str) -> float:

@@ -47,7 +47,8 @@ def proven_by(site: Site) -> object | None:
         cut = (site.logits,) if site.bias is None else (site.logits, site.bias)
         between = subgraph([site.weights, site.ids], cut)
         return None if between is None else (site.spec, between.text)
-    given = (site.x, site.ids, site.values, site.w1, site.w2, site.b1, site.b2, *separate.given(site))
+    chosen = site.chosen or (site.ids, site.values)
+    given = (site.x, site.w1, site.w2, site.b1, site.b2, *chosen, *site.given, *separate.given(site))
     fed = [n if isinstance(n, fx.Node) else None for n in given]
-    between = subgraph([site.root, site.weights], [n for n in fed if n is not None])
+    between = subgraph([site.root, site.ids, site.weights], [n for n in fed if n is not None])
     return None if between is None else (site.spec, site.masked, tuple(n is None for n in fed), between.text)

@@ -139,15 +139,17 @@ def _whole(rows: Sequence[Sequence[tuple[fx.Node, int] | None]], ev: Elements) -
 
 def _named(rows: Sequence[Sequence[fx.Node]], dim: int, before: fx.Node) -> fx.Node:
     with before.graph.inserting_before(before):
-        parts = [row[0] if len(row) == 1 else _called(before, aten.cat.default, (list(row), dim)) for row in rows]
-        name = _called(before, aten.stack.default, (parts,))
+        parts = [row[0] if len(row) == 1 else called(aten.cat.default, list(row), dim) for row in rows]
+        name = called(aten.stack.default, parts)
     name.meta[_LIST] = [n for row in rows for n in row]
     return name
 
 
-def _called(before: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
-    node = before.graph.call_function(target, args)
-    node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
+def called(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A new call, inserted where the graph's insertion point is."""
+    nodes = [a for arg in args for a in (arg if isinstance(arg, list) else [arg]) if isinstance(a, fx.Node)]
+    node = nodes[0].graph.call_function(target, args, kwargs)
+    node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]), **kwargs)
     return node
 
 
@@ -183,7 +185,7 @@ def given(site: MoeSite) -> list[fx.Node]:
 # ------------------------------------------------------------------------------------------------- rows of tokens
 
 
-def _size(node: fx.Node, dim: int) -> Any:
+def size_of(node: fx.Node, dim: int) -> Any:
     """A size as an argument: an int, or the graph's input that gives it."""
     size = node.meta["val"].shape[dim]
     if isinstance(size, int):
@@ -197,9 +199,7 @@ def _size(node: fx.Node, dim: int) -> Any:
 
 def reshaped(node: fx.Node, shape: list[Any]) -> fx.Node:
     """A view of a node, inserted where the graph's insertion point is."""
-    view = node.graph.call_function(aten.reshape.default, (node, shape))
-    view.meta["val"] = node.meta["val"].reshape(fx.node.map_arg(shape, lambda n: n.meta["val"]))
-    return view
+    return called(aten.reshape.default, node, shape)
 
 
 def rows_of(node: fx.Node, width: int, ev: Elements, before: fx.Node) -> fx.Node:
@@ -216,7 +216,7 @@ def flat(root: fx.Node, ev: Elements) -> fx.Node:
     if len(shape) == 2:
         return root
     unknown = next((d for d, s in enumerate(root.meta["val"].shape) if not isinstance(s, int)), None)
-    back = [-1 if d == unknown else _size(root, d) for d in range(len(shape))]
+    back = [-1 if d == unknown else size_of(root, d) for d in range(len(shape))]
     users = list(root.users)
     with root.graph.inserting_after(root):
         rows = reshaped(root, [-1, shape[-1]])

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import fx
 
 from braze.kernels.spec import MoeSpec, RopeSpec, RouteSpec
@@ -35,6 +36,8 @@ class MoeSite:
 
     values: what weights are computed from by new nodes, where the graph has no such node itself; else weights.
     masked: whether the graph masks rows whose expert id is past the last expert (expert parallelism).
+    chosen: the integers that ids and weights are computed from by new nodes, with `given`, tensors of any values; where it is
+    empty, ids are in the graph. capacity: how many rows an expert takes, 0 where it takes all; it may be symbolic.
     """
 
     root: fx.Node
@@ -49,6 +52,9 @@ class MoeSite:
     spec: MoeSpec
     dispatch: str
     masked: bool = False
+    chosen: tuple[fx.Node, ...] = ()
+    given: tuple[fx.Node, ...] = ()
+    capacity: int | torch.SymInt = 0
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,13 @@ def _routing(root: fx.Node, terms: Sequence[Term], tokens: int, ev: Elements) ->
         scores = terms[0].weight.args[0]
         if any(t.weight.args[0] is not scores for t in terms):
             raise NoLoop("the experts' scores are columns of different tensors")
-        return sparse_scores(separate.rows_of(scores, ev.shape(scores)[-1], ev, root), root, ev)
+        rows = separate.rows_of(scores, ev.shape(scores)[-1], ev, root)
+        found = sparse_scores(rows, root, ev)
+        if found is None:
+            raise NoLoop(
+                f"the dense weights {scores.name} are no top-k, scattered or compared with the experts' numbers"
+            )
+        return found
     if any(t.ids is None for t in terms):
         raise NoLoop("only some experts are masked by ids")
     pairs = [(t.ids, t.weight) for t in terms if t.ids is not None]

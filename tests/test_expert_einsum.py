@@ -64,6 +64,25 @@ def batches_of_tokens(x, router, w1, w2, b1, b2):  # type: ignore[no-untyped-def
     return einsum("bse,bseh->bsh", scores_of(x, router), y)
 
 
+def scores_masked(x, router, w1, w2, b1, b2):  # type: ignore[no-untyped-def]
+    """All scores, masked, and divided by the sum of those that are left."""
+    scores = (x @ router).softmax(-1)
+    scores = scores * torch.zeros_like(scores).scatter_(-1, scores.topk(K).indices, 1.0)
+    scores = scores / scores.sum(-1, keepdim=True)
+    y = einsum("tei,eih->teh", glu(einsum("th,ehi->tei", x, w1)), w2)
+    return einsum("te,teh->th", scores, y)
+
+
+def two_arg_maxima(x, router, w1, w2, b1, b2):  # type: ignore[no-untyped-def]
+    """The best, and the best of the others."""
+    logits = x @ router
+    first = one_hot(logits.argmax(-1), E)
+    second = one_hot(logits.masked_fill(first.bool(), float("-inf")).argmax(-1), E)
+    scores = logits.masked_fill((first + second) == 0, float("-inf")).softmax(-1)
+    y = einsum("tei,eih->teh", glu(einsum("th,ehi->tei", x, w1)), w2)
+    return einsum("te,teh->th", scores, y)
+
+
 def experts_first(x, router, w1, w2, b1, b2):  # type: ignore[no-untyped-def]
     weights, ids = route(x, router)
     scores = torch.zeros(x.shape[0], E).scatter(1, ids, weights)
@@ -152,7 +171,8 @@ LAYERS: dict[str, tuple[Layer, str]] = {
     f.__name__: (f, form)
     for form, layers in {
         "dense": (
-            all_then_combined, all_with_biases, batches_of_tokens, experts_first, masked_rows, one_product_sums_experts,
+            all_then_combined, all_with_biases, batches_of_tokens, scores_masked, two_arg_maxima,
+            experts_first, masked_rows, one_product_sums_experts,
             three_operands, one_big_matrix,
         ),
         "batched": (gathered, gathered_with_biases, gathered_batches, selected, looked_up, weighted_activation, ids_turned),
