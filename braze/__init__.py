@@ -4,5 +4,6 @@ from braze import ops as ops
 from braze.backend import RequirementError, collect
 from braze.explain import Report, explain
 from braze.fuse import fuse
+from braze.package import package
 
-__all__ = ["Report", "RequirementError", "collect", "explain", "fuse"]
+__all__ = ["Report", "RequirementError", "collect", "explain", "fuse", "package"]

@@ -34,6 +34,7 @@ from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 from braze.kernels.spec import PairLayout, RopeSpec
 from braze.kernels.triton.choose_config import user_folder
 from braze.kernels.triton.compat import Box
+from braze.lowering import cpp_call
 
 HOOK = "post_grad_custom_pre_pass"
 
@@ -83,6 +84,17 @@ def compile_graph(
     return compiled  # type: ignore[no-any-return]
 
 
+def package_program(
+    program: Any, file: str, transform: Callable[[fx.Graph], object], key: str, patches: Mapping[str, Any]
+) -> str:
+    """AOTInductor's package of an exported program, `transform` before its post-grad passes as in `compile_graph`."""
+    register()
+    before = patches.get(HOOK, getattr(config, HOOK))
+    hooked = {**patches, HOOK: GraphPass(transform, key, before)}
+    path: str = torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=hooked)
+    return path
+
+
 @lru_cache(maxsize=1)
 def source_key() -> str:
     """A digest of every source file of the package, wherever it is installed."""
@@ -121,10 +133,11 @@ def decompositions() -> Mapping[Any, Callable[..., Any]]:
 
 
 def register() -> None:
-    """Registers the lowering of `braze::rope`, once; the op must have been defined."""
+    """Registers the lowerings of `braze::rope` and `braze::moe`, once; the ops must have been defined."""
     op = torch.ops.braze.rope.default
     if op not in lowerings:
         register_lowering(op, type_promotion_kind=None)(_lower_rope)
+    cpp_call.register()
 
 
 def _lower_rope(x: Any, cos: Any, sin: Any, **attributes: Any) -> Any:

@@ -300,7 +300,7 @@ inline void moe(const Problem& p, const Routing& r, int threads) {
   }
 }
 
-}  // namespace
+}  // namespace braze_kernel
 
 extern "C" void kernel(
     void* out, const void* x, const void* ids, const void* router, const void* w1, const void* w2, const void* b1,
@@ -308,7 +308,8 @@ extern "C" void kernel(
     int64_t tokens, int64_t hidden, int64_t inner, int64_t experts, int64_t top_k, int64_t x_stride,
     int64_t ids_stride0, int64_t ids_stride1, int64_t router_stride0, int64_t router_stride1, int64_t w1_expert,
     int64_t w1_stride, int64_t w2_expert, int64_t w2_stride, int64_t b1_stride0, int64_t b1_stride1,
-    int64_t b2_stride0, int64_t b2_stride1, int64_t weight_on_input, float scale, int64_t threads) {
+    int64_t b2_stride0, int64_t b2_stride1, int64_t weight_on_input, float scale) {
+  using namespace braze_kernel;
   const Problem p{
       tokens, hidden, inner, experts, top_k, static_cast<const Weight*>(x), x_stride,
       static_cast<const Weight*>(w1), static_cast<const Weight*>(w2), w1_expert, w1_stride, w2_expert, w2_stride,
@@ -316,5 +317,9 @@ extern "C" void kernel(
       {b2, b2_dtype, b2_stride0, b2_stride1}, weight_on_input != 0, scale, out, out_dtype};
   const Routing r = ids_wide ? route(p, static_cast<const int64_t*>(ids), ids_stride0, ids_stride1)
                              : route(p, static_cast<const int32_t*>(ids), ids_stride0, ids_stride1);
-  moe(p, r, static_cast<int>(threads));
+#ifdef _OPENMP
+  moe(p, r, omp_get_max_threads());
+#else
+  moe(p, r, 1);
+#endif
 }

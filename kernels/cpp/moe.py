@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from braze.kernels.spec import GateUpLayout, MoeSpec
 log = logging.getLogger(__name__)
 
 _DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # as enum Dtype of moe.h
-_ARGUMENTS = ("void*", *("const void*",) * 7, *("int64_t",) * 24, "float", "int64_t")
+#: The function's parameters: the result, the op's tensors (x for one that is not given), then `numbers`.
+ARGUMENTS = ("void*", *("const void*",) * 7, *("int64_t",) * 24, "float")
 
 
 @lru_cache(maxsize=256)
@@ -27,11 +29,21 @@ def _build(
 ) -> tuple[Callable[..., None] | None, str]:
     """The compiled kernel, or None and why there is none."""
     try:
-        return compile_cpp(_ARGUMENTS, moe_source(dtype, layout, transposed, activation, _bf16_dot())), ""
+        return compile_cpp(ARGUMENTS, _source(dtype, layout, transposed, activation)), ""
     except NotImplementedError as e:
         return None, f"the activation has no C++ form: {e}"
     except RuntimeError as e:
         return None, _warned(f"the C++ kernel does not build ({e})")
+
+
+@lru_cache(maxsize=256)
+def _source(dtype: torch.dtype, layout: GateUpLayout, transposed: bool, activation: str) -> str:
+    return moe_source(dtype, layout, transposed, activation, _bf16_dot())
+
+
+def source(dtype: torch.dtype, spec: MoeSpec) -> str:
+    """The C++ text of the kernel for weights of `dtype`; NotImplementedError where the activation has no C++ form."""
+    return _source(dtype, spec.layout, spec.transposed, spec.activation)
 
 
 @cache
@@ -117,11 +129,18 @@ def run(
         return out
     kernel(
         out, x, ids, weights, w1, w2, x if b1 is None else b1, x if b2 is None else b2,
-        _DTYPES[out_dtype], ids.dtype == torch.int64, _DTYPES[weights.dtype],
-        0 if b1 is None else _DTYPES[b1.dtype], 0 if b2 is None else _DTYPES[b2.dtype],
-        tokens, hidden, w2.shape[1 if spec.transposed else 2], w1.shape[0], ids.shape[1],
-        x.stride(0), *ids.stride(), *weights.stride(), w1.stride(0), w1.stride(1), w2.stride(0), w2.stride(1),
-        *((0, 0) if b1 is None else b1.stride()), *((0, 0) if b2 is None else b2.stride()),
-        spec.weight_on == "input", spec.scale, torch.get_num_threads(),
+        *numbers(x, ids, weights, w1, w2, b1, b2, spec),
     )  # fmt: skip
     return out
+
+
+def numbers(x: Any, ids: Any, weights: Any, w1: Any, w2: Any, b1: Any, b2: Any, spec: MoeSpec) -> tuple[Any, ...]:
+    """What the function takes after its pointers: dtypes, sizes and strides of tensors (or of what stands for them)."""
+    return (
+        _DTYPES[spec.out_dtype or x.dtype], int(ids.dtype == torch.int64), _DTYPES[weights.dtype],
+        0 if b1 is None else _DTYPES[b1.dtype], 0 if b2 is None else _DTYPES[b2.dtype],
+        x.shape[0], x.shape[1], w2.shape[1 if spec.transposed else 2], w1.shape[0], ids.shape[1],
+        x.stride(0), *ids.stride(), *weights.stride(), w1.stride(0), w1.stride(1), w2.stride(0), w2.stride(1),
+        *((0, 0) if b1 is None else b1.stride()), *((0, 0) if b2 is None else b2.stride()),
+        int(spec.weight_on == "input"), float(spec.scale),
+    )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from braze.kernels.expression import emit, parse
 from braze.kernels.spec import GateUpLayout
 
+_NAMESPACE = "braze_kernel"  # as in moe.h
 _FOLDER = Path(__file__).parent
 _TYPES = {torch.float32: "float", torch.bfloat16: "at::BFloat16", torch.float16: "at::Half"}
 
@@ -57,8 +58,8 @@ def moe_source(dtype: torch.dtype, layout: GateUpLayout, transposed: bool, activ
             "#include <tuple>",
             "#include <vector>",
             "#include <ATen/cpu/vec/functional.h>",
-            *(f"#define {name} {int(value)}" for name, value in constants.items()),
-            "namespace {",
+            *(f"#undef {name}\n#define {name} {int(value)}" for name, value in constants.items()),
+            f"namespace {_NAMESPACE} {{",
             f"using Weight = {_TYPES[dtype]};",
             *(_header(name) for name in ("vector.h", "dot.h", "panel.h", "strip.h", "product.h")),
             _header("activation.h"),
@@ -66,6 +67,11 @@ def moe_source(dtype: torch.dtype, layout: GateUpLayout, transposed: bool, activ
             _header("moe.h"),
         )
     )
+
+
+def renamed(source: str, name: str) -> str:
+    """The source with its function and namespace named after `name`, to stand beside others in one file."""
+    return source.replace("void kernel(", f"void {name}(").replace(_NAMESPACE, f"{name}_parts")
 
 
 def _rows_in_place(dtype: torch.dtype, transposed: bool) -> int:

@@ -8,6 +8,8 @@
 using V = at::vec::Vectorized<float>;
 constexpr int L = V::size();
 
+#undef BRAZE_PAIRED
+#undef BRAZE_SPLIT
 #if BRAZE_BF16_WEIGHT && BRAZE_BF16_DOT && defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
 #define BRAZE_PAIRED 1
 using Operand = at::BFloat16;  // what activations are multiplied as
