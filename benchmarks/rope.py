@@ -23,7 +23,7 @@ from torch import Tensor
 import braze  # noqa: F401  (defines the op)
 from braze.kernels.spec import RopeSpec
 from braze.kernels.triton import rope as triton_rope
-from braze.lowering import inductor
+from braze.lowering.lower import register
 
 Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
 L2_BYTES = 50 * 2**20
@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the cells to this file")
     parser.add_argument("--tune", action="store_true", help="also sweep the Triton kernel's tiles and warps (GPU)")
     options = parser.parse_args()
-    inductor.register()
+    register()
     torch.compiler.config.force_disable_caches = True  # a cached graph would hold an earlier lowering
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":

@@ -1,4 +1,4 @@
-"""The one place that touches Inductor's private API: its compile function, pass hooks, cache keys and decompositions.
+"""The one place that touches Inductor's private API: its compile function, pass hooks, cache keys, loops and calls.
 
 braze's passes run as Inductor's custom post-grad pre-pass. The pass's uuid is part of Inductor's cache keys, so it covers all
 that decides what the pass makes: the sources of the package, its settings, and the versions of torch and Triton.
@@ -9,8 +9,7 @@ import hashlib
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,15 @@ from torch._inductor import config, ir
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.lowering import lowerings, register_lowering, to_dtype
-from torch._inductor.virtualized import V
-from torch._inductor.virtualized import ops as inductor_ops
+from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
+from torch._inductor.virtualized import V, ops
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
-from braze.kernels.spec import PairLayout, RopeSpec
+from braze.kernels.cpp.source import renamed
 from braze.kernels.triton.choose_config import user_folder
 from braze.kernels.triton.compat import Box
-from braze.lowering import cpp_call
 
+__all__ = ["ops", "to_dtype"]  # of Inductor's loops
 HOOK = "post_grad_custom_pre_pass"
 
 
@@ -77,7 +74,6 @@ def compile_graph(
 
     key: what `transform` depends on besides the package's sources. patches: Inductor settings for this graph.
     """
-    register()
     before = patches.get(HOOK, getattr(config, HOOK))
     hooked = {**patches, HOOK: GraphPass(transform, key, before)}
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=hooked)
@@ -88,7 +84,6 @@ def package_program(
     program: Any, file: str, transform: Callable[[fx.Graph], object], key: str, patches: Mapping[str, Any]
 ) -> str:
     """AOTInductor's package of an exported program, `transform` before its post-grad passes as in `compile_graph`."""
-    register()
     before = patches.get(HOOK, getattr(config, HOOK))
     hooked = {**patches, HOOK: GraphPass(transform, key, before)}
     path: str = torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=hooked)
@@ -132,190 +127,113 @@ def decompositions() -> Mapping[Any, Callable[..., Any]]:
     return select_decomp_table()
 
 
-def register() -> None:
-    """Registers the lowerings of `braze::rope` and `braze::moe`, once; the ops must have been defined."""
-    op = torch.ops.braze.rope.default
+def register(op: Any, lower: Callable[..., Any]) -> None:
+    """Makes `lower` what Inductor lowers `op` by, unless something does already."""
     if op not in lowerings:
-        register_lowering(op, type_promotion_kind=None)(_lower_rope)
-    cpp_call.register()
+        register_lowering(op, type_promotion_kind=None)(lower)
 
 
-def _lower_rope(x: Any, cos: Any, sin: Any, **attributes: Any) -> Any:
-    """`braze.kernels.reference.rope` as pointwise code, in the form that the device's code generator makes most of."""
-    spec = RopeSpec(**attributes)
-    x.mark_reuse(2)  # each element is read for itself and for its partner
-    rotation = _Rotation(x, cos, sin, spec)
-    if x.get_device().type != "cpu":
-        shifts = spec.layout_in == spec.layout_out == "half" and rotation.wide_tables
-        return rotation.by_shift() if shifts else rotation.by_element()
-    if spec.layout_in == spec.layout_out == "interleaved" and rotation.wide_tables:
-        return rotation.by_shift()
-    if spec.layout_in == spec.layout_out == "half" and rotation.whole and spec.rotary_dim // 2 % _CPU_LANES == 0:
-        return rotation.by_element()
-    if "interleaved" in (spec.layout_in, spec.layout_out):
-        # A loop that steps by two is left to the C++ compiler, which vectorises it in float32 but not in 16-bit types.
-        x, cos, sin = (_widened(t, rotation.acc) for t in (x, cos, sin))
-        result = _Rotation(x, cos, sin, replace(spec, out_dtype=rotation.acc)).by_halves()
-        return to_dtype(result, rotation.dtype)
-    return rotation.by_halves()
+def aten(op: Any) -> Callable[..., Any]:
+    """Inductor's own lowering of an ATen op."""
+    return lowerings[op]  # type: ignore[no-any-return]
 
 
-def _widened(x: Any, dtype: torch.dtype) -> Any:
-    """x in `dtype` as a tensor in memory, or x itself where it has that dtype."""
-    if x.get_dtype() == dtype:
-        return x
-    wide = to_dtype(x, dtype)
-    wide.realize()
-    return wide
+@cache
+def whole(op: Any) -> Callable[..., Any]:
+    """The lowering that leaves `op` a call of its own."""
+    return fallback_handler(op, add_to_fallback_set=False)  # type: ignore[no-any-return]
 
 
-_CPU_LANES = 32  # the most elements in one of Inductor's vectors: 512 bits of a 16-bit type
-_Index = Sequence[Any]
+def current_call() -> fx.Node:
+    """The node of the graph that is being lowered."""
+    return V.graph.current_node  # type: ignore[no-any-return]
 
 
-class _Rotation:
-    """One rotation's loads and its three loop forms; element (j, i) is component j (0 or 1) of pair i."""
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes, numbers or symbols, are known to be equal."""
+    return V.graph.sizevars.statically_known_equals(a, b)  # type: ignore[no-any-return]
 
-    def __init__(self, x: Any, cos: Any, sin: Any, spec: RopeSpec) -> None:
-        self.x, self.spec = x, spec
-        self.size = list(x.get_size())
-        self.half = spec.rotary_dim // 2
-        self.acc = torch.float64 if x.get_dtype() == torch.float64 else torch.float32
-        self.dtype = spec.out_dtype or x.get_dtype()
-        self.whole = V.graph.sizevars.statically_known_equals(self.size[-1], spec.rotary_dim)
-        self.wide_tables = V.graph.sizevars.statically_known_equals(cos.get_size()[-1], spec.rotary_dim)
-        self.load_x = x.make_loader()
-        self.load_cos, self.load_sin = self._table(cos), self._table(sin)
 
-    def _table(self, table: Any) -> Callable[[_Index, Any], Any]:
-        """A loader of a table at (the index of x without the last, column)."""
-        load, size = table.make_loader(), table.get_size()
-        ahead = len(self.size) - len(size)
-        single = [V.graph.sizevars.statically_known_equals(s, 1) for s in size[:-1]]
+def pointwise(
+    device: torch.device, dtype: torch.dtype, size: Sequence[Any], value: Callable[[Sequence[Any]], Any]
+) -> Any:
+    """A tensor of `size` whose element at an index is value(index), computed with `ops` in a loop that fuses."""
+    return ir.Pointwise.create(
+        device=device, dtype=dtype, inner_fn=lambda index: ops.to_dtype(value(index), dtype), ranges=list(size)
+    )
 
-        def at(lead: _Index, column: Any) -> Any:
-            return self._wide(load([0 if one else lead[ahead + n] for n, one in enumerate(single)] + [column]))
 
-        return at
+def in_memory(x: Any) -> Any:
+    """x, computed before what reads it rather than in the same loop."""
+    x.realize()
+    return x
 
-    def _wide(self, value: Any) -> Any:
-        return inductor_ops.to_dtype(value, self.acc)
 
-    def _place(self, layout: PairLayout, j: Any, i: Any) -> Any:
-        return self.half * j + i if layout == "half" else 2 * i + j
+class CppCall(ir.ExternKernelOut):  # type: ignore[misc]
+    """A tensor that one call of a generated C++ function fills; the function is a part of Inductor's code.
 
-    def _products(self, lead: _Index, j: Any, i: Any) -> tuple[Any, Any]:
-        """(own element times cos, partner times sin): the result is their difference for j = 0, their sum for j = 1."""
-        spec = self.spec
-        own = self._wide(self.load_x([*lead, spec.start + self._place(spec.layout_in, j, i)]))
-        partner = self._wide(self.load_x([*lead, spec.start + self._place(spec.layout_in, 1 - j, i)]))
-        column = self._place(spec.layout_out, j, i) if self.wide_tables else i
-        return (
-            inductor_ops.mul(own, self.load_cos(lead, column)),
-            inductor_ops.mul(partner, self.load_sin(lead, column)),
-        )
+    function: C++ text of `kernel(result, *tensors, *numbers)`. numbers: from the tensors' `Lie` to what follows the pointers.
+    argument_types: C++ types of all arguments.
+    """
 
-    def _pointwise(self, size: _Index, value: Callable[[_Index], Any]) -> Any:
-        return ir.Pointwise.create(
-            device=self.x.get_device(),
-            dtype=self.dtype,
-            inner_fn=lambda index: inductor_ops.to_dtype(value(index), self.dtype),
-            ranges=list(size),
-        )
+    def __init__(
+        self, size: Sequence[Any], dtype: torch.dtype, tensors: Sequence[Any], function: str,
+        numbers: Callable[[list["Lie"]], Sequence[Any]], argument_types: Sequence[str],
+    ) -> None:  # fmt: skip
+        inputs = [_as_it_lies(t) for t in tensors]
+        self.function, self.numbers, self.argument_types = function, numbers, list(argument_types)
+        super().__init__(ir.FixedLayout(inputs[0].get_device(), dtype, list(size)), inputs)
 
-    def by_element(self) -> Any:
-        """One loop over the result, pairs by index arithmetic: fuses on both sides."""
-        spec = self.spec
+    def codegen(self, wrapper: Any) -> None:
+        tensors: list[Any] = list(self.inputs)
+        arguments = [t.codegen_reference() for t in (self, *tensors)]
+        for n in self.numbers([Lie(t) for t in tensors]):
+            arguments.append(str(n) if isinstance(n, int | float) else wrapper.codegen_sizevar(n))
+        wrapper.generate_kernel_call(
+            _defined(wrapper, self.function, self.argument_types), arguments,
+            device=self.get_device(), triton=False, arg_types=self.argument_types,
+        )  # fmt: skip
 
-        def rotated(lead: _Index, d: Any) -> Any:
-            n = d - spec.start
-            outer, inner = FloorDiv(n, self.half), ModularIndexing(n, 1, self.half)
-            if spec.layout_out == "interleaved":
-                outer, inner = ModularIndexing(n, 1, 2), FloorDiv(n, 2)
-            own, partner = self._products(lead, outer, inner)
-            sign = (1 - 2 * outer) if spec.inverse else (2 * outer - 1)
-            sign = self._wide(inductor_ops.index_expr(sign, torch.int32))
-            return inductor_ops.add(own, inductor_ops.mul(partner, sign))
 
-        def value(index: _Index) -> Any:
-            lead, d = index[:-1], index[-1]
-            if self.whole:
-                return rotated(lead, d)
-            inside = self._inside(d)
-            turned = inductor_ops.masked(inside, lambda: rotated(lead, d), 0.0)
-            return inductor_ops.where(inside, turned, self._wide(self.load_x(index)))
+class Lie:
+    """How a tensor lies in memory, by the part of its interface that tells; sizes may be symbols."""
 
-        return self._pointwise(self.size, value)
+    def __init__(self, node: Any) -> None:
+        self.dtype: torch.dtype = node.get_dtype()
+        self.shape: Sequence[Any] = node.get_size()
+        self.strides: Sequence[Any] = node.get_stride()
 
-    def _inside(self, d: Any) -> Any:
-        """Whether d is among the rotated ones."""
-        position = inductor_ops.index_expr(d, torch.int32)
-        begin, end = self.spec.start, self.spec.start + self.spec.rotary_dim
-        inside = inductor_ops.lt(position, inductor_ops.constant(end, torch.int32))
-        if begin == 0:
-            return inside
-        return inductor_ops.and_(inside, inductor_ops.ge(position, inductor_ops.constant(begin, torch.int32)))
+    def stride(self, dim: int | None = None) -> Any:
+        return tuple(self.strides) if dim is None else self.strides[dim]
 
-    def by_shift(self) -> Any:
-        """One loop over the result where both layouts agree: partners are two shifted loads under opposite masks.
 
-        Both generators vectorise a load whose index steps by one, masked or not; index arithmetic hides that from them.
-        """
-        spec = self.spec
+def cpp_call(*args: Any) -> Any:
+    """`CppCall` as what a lowering returns."""
+    return ir.TensorBox.create(CppCall(*args))
 
-        def rotated(lead: _Index, d: Any) -> Any:
-            n = inductor_ops.index_expr(d - spec.start, torch.int32)
-            if spec.layout_in == "half":
-                step, middle = self.half, inductor_ops.constant(self.half, torch.int32)
-                first, second = inductor_ops.lt(n, middle), inductor_ops.ge(n, middle)
-            else:
-                step, one = 1, inductor_ops.constant(1, torch.int32)
-                parity = inductor_ops.bitwise_and(n, one)
-                first, second = inductor_ops.ne(parity, one), inductor_ops.eq(parity, one)
-            before = inductor_ops.masked(second, lambda: self._wide(self.load_x([*lead, d - step])), 0.0)
-            after = inductor_ops.masked(first, lambda: self._wide(self.load_x([*lead, d + step])), 0.0)
-            turned = inductor_ops.sub(after, before) if spec.inverse else inductor_ops.sub(before, after)
-            own = inductor_ops.mul(self._wide(self.load_x([*lead, d])), self.load_cos(lead, d - spec.start))
-            return inductor_ops.add(own, inductor_ops.mul(turned, self.load_sin(lead, d - spec.start)))
 
-        def value(index: _Index) -> Any:
-            lead, d = index[:-1], index[-1]
-            if self.whole:
-                return rotated(lead, d)
-            inside = self._inside(d)
-            turned = inductor_ops.masked(inside, lambda: rotated(lead, d), 0.0)
-            return inductor_ops.where(inside, turned, self._wide(self.load_x(index)))
+def _as_it_lies(t: Any) -> Any:
+    """t in memory as it lies, or row-major where its layout is still open."""
+    t = ir.ExternKernel.realize_input(t)
+    if ir.is_storage_and_layout(t) and isinstance(t.get_layout(), ir.FlexibleLayout):
+        ir.as_storage_and_layout(t, freeze=True, want_contiguous=True)
+    return t
 
-        return self._pointwise(self.size, value)
 
-    def by_halves(self) -> Any:
-        """Two loops over pairs, one for each component, that write into one result; the scheduler makes one loop of them."""
-        spec, last = self.spec, len(self.size) - 1
-
-        def component(j: int) -> Any:
-            def value(index: _Index) -> Any:
-                own, partner = self._products(index[:-1], j, index[-1])
-                return inductor_ops.add(own, partner) if (j == 1) != spec.inverse else inductor_ops.sub(own, partner)
-
-            return self._pointwise([*self.size[:-1], self.half], value)
-
-        def passed(begin: Any, end: Any) -> Any:
-            return self._pointwise(
-                [*self.size[:-1], end - begin], lambda index: self.load_x([*index[:-1], index[-1] + begin])
-            )
-
-        cat = lowerings[torch.ops.aten.cat.default]
-        parts = [component(0), component(1)]
-        if spec.layout_out == "interleaved":
-            columns = [lowerings[torch.ops.aten.unsqueeze.default](part, last + 1) for part in parts]
-            pairs = cat(columns, last + 1)
-            parts = [lowerings[torch.ops.aten.reshape.default](pairs, [*self.size[:-1], spec.rotary_dim])]
-        end = spec.start + spec.rotary_dim
-        if spec.start:
-            parts.insert(0, passed(0, spec.start))
-        if not V.graph.sizevars.statically_known_equals(self.size[-1], end):
-            parts.append(passed(end, self.size[-1]))
-        return parts[0] if len(parts) == 1 else cat(parts, last)
+def _defined(wrapper: Any, source: str, argument_types: list[str]) -> str:
+    """The name of the graph's function with this source, which it defines at its first use."""
+    known: dict[str, str] = wrapper.src_to_kernel
+    if source not in known:
+        name = known[source] = f"cpp_braze_{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+        if V.graph.cpp_wrapper:
+            body = renamed(source, name)
+            start = body.index('extern "C"')
+            declaration = body[start : body.index(")", start) + 1] + ";\n"
+            wrapper.define_kernel(name, body, gpu=False, cpp_definition=declaration)
+        else:
+            body = f"async_compile.cpp_pybinding({argument_types!r}, r'''{source}''')"
+            wrapper.define_kernel(name, body, gpu=False)
+    return known[source]
 
 
 def start(

@@ -2,20 +2,28 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor, fx
 
 from braze.kernels import aten
 from braze.kernels.spec import MoeSpec, RouteSpec
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
-from braze.lowering import inductor, rotations
+from braze.lowering import cpp_call, inductor, rope_loops, rotations
 from braze.lowering.choose import choose_moe, choose_rope, choose_route
 from braze.lowering.inline import inline, inline_all
 from braze.lowering.rotations import Turn
 
 
+def register() -> None:
+    """Tells Inductor how to lower `braze::rope` and `braze::moe`, once; the ops must have been defined."""
+    inductor.register(torch.ops.braze.rope.default, rope_loops.lower)
+    inductor.register(torch.ops.braze.moe.default, cpp_call.lower_moe)
+
+
 def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str, str]]:
     """(kernel, why) for each semantic op's call, after making the graph use it."""
+    register()
     turns: list[Turn] = []
     choices = []
     for call in calls:

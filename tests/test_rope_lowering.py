@@ -12,15 +12,15 @@ from torch._inductor.utils import fresh_cache
 import braze  # noqa: F401  (defines the op)
 from braze.kernels import reference
 from braze.kernels.spec import RopeSpec
-from braze.lowering import inductor
+from braze.lowering.lower import register
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _registered() -> Iterator[None]:
-    inductor.register()
-    inductor.register()
+    register()
+    register()
     with fresh_cache():
         yield
 
