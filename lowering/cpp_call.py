@@ -39,5 +39,6 @@ def _values(call: fx.Node) -> tuple[Any, Any, Any, Any, Any, Any, Any]:
     """The seven tensors of a call of `braze::moe`, as fakes, None for one that is not given."""
     args: Any = fx.node.map_arg(call.args, lambda n: n.meta["val"])
     kwargs: Any = fx.node.map_arg(call.kwargs, lambda n: n.meta["val"])
-    x, ids, weights, w1, w2, b1, b2 = (*args, *(kwargs.get(name) for name in ("b1", "b2")[len(args) - 5 :]))
+    x, ids, weights, w1, w2, *biases = args
+    b1, b2 = (*biases, *(kwargs.get(name) for name in ("b1", "b2")[len(biases) :]))
     return x, ids, weights, w1, w2, b1, b2
