@@ -1,7 +1,7 @@
 """The semantic ops: what a find is rewritten to, before any kernel is chosen.
 
-`braze::moe`, `braze::rope`, `braze::route` and `braze::grouped_mm` are functional; each has a fake kernel (shapes), a
-reference in float32 (braze.kernels.reference) and a decomposition into ATen ops, which is also how they run eagerly.
+`braze::moe`, `braze::rope`, `braze::rms_norm`, `braze::route` and `braze::grouped_mm` are functional; each has a fake kernel
+(shapes), a reference in float32 (braze.kernels.reference) and a decomposition into ATen ops, which is how they run eagerly.
 """
 
 from functools import lru_cache
@@ -13,7 +13,7 @@ from torch import Tensor
 from braze.kernels import aten, separate
 from braze.kernels.cpp import moe as cpp_moe
 from braze.kernels.cpp import route as cpp_route
-from braze.kernels.spec import MoeSpec, RopeSpec, RouteSpec
+from braze.kernels.spec import MoeSpec, NormSpec, RopeSpec, RouteSpec
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
 
@@ -31,6 +31,7 @@ ROPE_SCHEMA = (
     "(Tensor x, Tensor cos, Tensor sin, *, int rotary_dim, int start=0, str layout_in='half', "
     "str layout_out='half', bool inverse=False, ScalarType? out_dtype=None) -> Tensor"
 )
+NORM_SCHEMA = "(Tensor x, Tensor? weight=None, *, float eps, bool add_one=False, ScalarType? out_dtype=None) -> Tensor"
 ROUTE_SCHEMA = (
     "(Tensor logits, Tensor? bias=None, *, int top_k, str scoring='softmax', str select_on='logits', int groups=1, "
     "int top_groups=1, str group_score='max', str closed='out', str renorm='no', float eps=0.0, float scale=1.0, "
@@ -41,6 +42,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 torch.library.define("braze::moe", MOE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::moe_separate", SEPARATE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::rope", ROPE_SCHEMA, tags=_TAGS)
+torch.library.define("braze::rms_norm", NORM_SCHEMA, tags=_TAGS)
 torch.library.define("braze::route", ROUTE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::grouped_mm", "(Tensor x, Tensor w, Tensor offs) -> Tensor", tags=_TAGS)
 
@@ -88,6 +90,14 @@ def check_rope(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec) -> None:
     )
     for table in (cos, sin):
         torch.broadcast_shapes(table.shape[:-1], x.shape[:-1])
+
+
+def check_norm(x: Tensor, weight: Tensor | None) -> None:
+    """RuntimeError where the tensors do not fit together; shapes as in `braze.kernels.reference.rms_norm`."""
+    torch._check(
+        weight is None or (weight.ndim == 1 and weight.shape[0] == x.shape[-1]),
+        lambda: f"rms_norm: a weight of {tuple(weight.shape)} for a last dimension of {x.shape[-1]}",  # type: ignore[union-attr]
+    )
 
 
 def check_route(logits: Tensor, bias: Tensor | None, spec: RouteSpec) -> None:
@@ -165,6 +175,18 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor, **attributes: Any) -> Tensor:
     spec = RopeSpec(**attributes)
     check_rope(x, cos, sin, spec)
     return aten.rope(x, cos, sin, spec)
+
+
+@torch.library.register_fake("braze::rms_norm")
+def _norm_fake(x: Tensor, weight: Tensor | None = None, **attributes: Any) -> Tensor:
+    check_norm(x, weight)
+    return x.new_empty(x.shape, dtype=NormSpec(**attributes).out_dtype or x.dtype)
+
+
+@torch.library.impl("braze::rms_norm", "CompositeExplicitAutograd")
+def _norm(x: Tensor, weight: Tensor | None = None, **attributes: Any) -> Tensor:
+    check_norm(x, weight)
+    return aten.rms_norm(x, weight, NormSpec(**attributes))
 
 
 @torch.library.register_fake("braze::route")

@@ -14,6 +14,7 @@ from braze.kernels.expression import apply_torch
 from braze.kernels.spec import MoeSpec, RouteSpec
 
 rope = reference.rope  # the reference is already one fusible pass: slices, products, cat
+rms_norm = reference.rms_norm  # one reduction and a product, rounded once where models round in between
 
 
 def moe(

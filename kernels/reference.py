@@ -1,4 +1,4 @@
-"""The meaning of `braze::moe`, `braze::rope` and `braze::route` in plain PyTorch: what every kernel is compared with.
+"""The meaning of braze's semantic ops in plain PyTorch: what every kernel is compared with.
 
 Computed in float32, or in float64 where the input is float64, and rounded once at the end. Clarity before speed.
 """
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from braze.kernels.expression import apply_torch
-from braze.kernels.spec import MoeSpec, PairLayout, RopeSpec, RouteSpec
+from braze.kernels.spec import MoeSpec, NormSpec, PairLayout, RopeSpec, RouteSpec
 
 
 def split_gate_up(h: Tensor, layout: str) -> tuple[Tensor, Tensor | None]:
@@ -77,6 +77,15 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec) -> Tensor:
     rotated = _join(a * ca - b * sa, b * cb + a * sb, spec.layout_out).to(spec.out_dtype or x.dtype)
     parts = (x[..., : spec.start].to(rotated.dtype), rotated, x[..., end:].to(rotated.dtype))
     return torch.cat([p for p in parts if p.shape[-1]], -1)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, spec: NormSpec) -> Tensor:
+    """x [..., D], weight [D] or none -> [..., D]."""
+    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    out = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + spec.eps)
+    if weight is not None:
+        out = out * (weight.to(wide.dtype) + 1 if spec.add_one else weight.to(wide.dtype))
+    return out.to(spec.out_dtype or x.dtype)
 
 
 def scores(x: Tensor, scoring: str) -> Tensor:

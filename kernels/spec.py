@@ -1,4 +1,5 @@
-"""What every kernel needs to know besides its tensors: the attributes of `braze::moe`, `braze::rope` and `braze::route`.
+"""What every kernel needs to know besides its tensors: the attributes of `braze::moe`, `braze::rope`, `braze::rms_norm` and
+`braze::route`.
 
     out[t] = scale * sum_j  wo_j * (act(wi_j * x[t] @ W1[e_j] + b1[e_j]) @ W2[e_j] + b2[e_j]),   e_j = ids[t, j]
 
@@ -74,6 +75,23 @@ class RopeSpec:
         for layout in (self.layout_in, self.layout_out):
             if layout not in get_args(PairLayout):
                 raise ValueError(f"a pair layout is one of {get_args(PairLayout)}, not {layout!r}")
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """The attributes of one `braze::rms_norm`, x / sqrt(mean(x^2) + eps) over the last dimension.
+
+    eps: see above. add_one: the result is multiplied by 1 + weight and not by weight.
+    out_dtype: dtype of the result; None means that of x.
+    """
+
+    eps: float
+    add_one: bool = False
+    out_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if not self.eps >= 0:
+            raise ValueError(f"eps must not be negative, not {self.eps}")
 
 
 @dataclass(frozen=True)

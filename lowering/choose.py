@@ -24,9 +24,14 @@ def choose_rope(call: fx.Node, forced: str) -> tuple[str, str, Turn | None]:
         return "pointwise", f"fuses with its neighbours; the Triton kernel does not take this ({found})", None
     return (
         "triton",
-        "asked for" if forced == "triton" else "q and k in one launch, tables read once for all heads",
+        "asked for" if forced == "triton" else _one_launch(found),
         found,
     )
+
+
+def _one_launch(turn: Turn) -> str:
+    before = "norms in the same launch, " if turn.norm is not None else ""
+    return f"q and k in one launch, {before}tables read once for all heads"
 
 
 def choose_moe(call: fx.Node, forced: str) -> tuple[str, str]:

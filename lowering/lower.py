@@ -30,6 +30,9 @@ def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str
         if call.target.name() == "braze::rope":  # type: ignore[union-attr]
             kernel, why, turn = choose_rope(call, forced.get("rope", "auto"))
             turns += [turn] if turn is not None else []
+            norm = rotations.norm_before(call) if turn is None else None
+            if norm is not None:
+                rotations.open_norm(norm)
         elif call.target.name() == "braze::route":  # type: ignore[union-attr]
             kernel, why = choose_route(call, forced.get("router", "auto"))
             _apply_route(call, kernel)

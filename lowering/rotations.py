@@ -1,33 +1,48 @@
 """q and k that turn alike become one launch: the kernel reads a token's cos and sin once for all heads of both.
 
-Two `braze::rope` calls are a pair where they share tables and attributes and have one shape but for the number of heads. The
-kernel sees x as [B, H, S, D] and tables as [B or 1, S, W]; which dimension counts heads is told by the tables, which do not
-vary along it.
+Two `braze::rope` calls are a pair where they share tables and attributes and have one shape but for the number of heads. A
+`braze::rms_norm` before them is made by the same launch, which holds whole heads. The kernel sees x as [B, H, S, D] and tables
+as [B or 1, S, W]; which dimension counts heads is told by the tables, which do not vary along it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from braze.kernels.spec import RopeSpec
+from braze.kernels import aten
+from braze.kernels.spec import NormSpec, RopeSpec
 from braze.kernels.triton import rope as triton_rope
 from braze.lowering import inductor
-from braze.lowering.inline import inline_all
+from braze.lowering.inline import inline, inline_all
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One `braze::rope` call: axis is the dimension of x that counts heads."""
+    """One `braze::rope` call: axis is the dimension of x that counts heads. norm: the `braze::rms_norm` call that made x."""
 
     call: fx.Node
     spec: RopeSpec
     axis: int
+    norm: fx.Node | None = None
 
     @property
     def x(self) -> fx.Node:
-        return self.call.args[0]  # type: ignore[return-value]
+        """What the kernel reads: the norm's input, where there is one."""
+        return (self.norm or self.call).args[0]  # type: ignore[return-value]
+
+    @property
+    def weights(self) -> tuple[fx.Node, ...]:
+        weight = self.norm.args[1] if self.norm is not None else None
+        return (weight,) if isinstance(weight, fx.Node) else ()
+
+    @property
+    def norm_spec(self) -> NormSpec | None:
+        """The norm's attributes but for its result's dtype: the kernel rounds once, after the rotation."""
+        return None if self.norm is None else replace(NormSpec(**self.norm.kwargs), out_dtype=None)  # type: ignore[arg-type]
 
     @property
     def tables(self) -> tuple[fx.Node, fx.Node]:
@@ -36,13 +51,32 @@ class Turn:
 
 def turn(call: fx.Node) -> Turn | str:
     """The call as the kernel takes it, or why it does not."""
+    norm = norm_before(call)
     x, cos, sin = (n.meta["val"] for n in call.args)  # type: ignore[union-attr]
     spec = RopeSpec(**call.kwargs)  # type: ignore[arg-type]
+    if norm is not None:
+        x, spec = norm.args[0].meta["val"], replace(spec, out_dtype=call.meta["val"].dtype)  # type: ignore[union-attr]
     axis = _head_axis(x, cos, sin)
     if axis is None:
         return "the kernel takes tables that do not vary from head to head, and x with a batch, heads and tokens"
     refusal = triton_rope.supports(_heads(x, axis), None, _rows(cos, axis, x.ndim), _rows(sin, axis, x.ndim), spec)
-    return refusal or Turn(call, spec, axis)
+    return refusal or Turn(call, spec, axis, norm)
+
+
+def norm_before(call: fx.Node) -> fx.Node | None:
+    """The `braze::rms_norm` call that makes what a `braze::rope` call turns."""
+    x = call.args[0]
+    assert isinstance(x, fx.Node)
+    return x if x.target is torch.ops.braze.rms_norm.default else None
+
+
+def open_norm(call: fx.Node) -> None:
+    """Makes a `braze::rms_norm` call a reduction and a product, which Inductor fuses with what is around them."""
+
+    def compose(x: Tensor, weight: Tensor | None = None, **attributes: Any) -> Tensor:
+        return aten.rms_norm(x, weight, NormSpec(**attributes))
+
+    inline(call, compose, inductor.decompositions())
 
 
 def _head_axis(x: Tensor, cos: Tensor, sin: Tensor) -> int | None:
@@ -95,7 +129,8 @@ def pairs(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
 
 def _alike(a: Turn, b: Turn) -> bool:
     x, y = a.x.meta["val"], b.x.meta["val"]
-    same = (a.tables, a.spec, a.axis, x.ndim, x.dtype) == (b.tables, b.spec, b.axis, y.ndim, y.dtype)
+    norms = (a.norm_spec, len(a.weights)) == (b.norm_spec, len(b.weights))
+    same = norms and (a.tables, a.spec, a.axis, x.ndim, x.dtype) == (b.tables, b.spec, b.axis, y.ndim, y.dtype)
     return same and all(statically_known_true(x.shape[d] == y.shape[d]) for d in range(x.ndim) if d != a.axis)
 
 
@@ -107,18 +142,30 @@ def _together(first: Turn, second: Turn, order: Mapping[fx.Node, int]) -> bool:
 def launch(group: tuple[Turn, ...]) -> None:
     """Replaces one call, or two that are alike, by one launch of the kernel."""
     turn = group[0]
-    inputs = [*(t.x for t in group), *turn.tables]
+    weights = [w for t in group for w in t.weights]
+    inputs = [*(t.x for t in group), *turn.tables, *weights]
     rank = turn.x.meta["val"].ndim
 
     def body(*tensors: Tensor) -> tuple[Tensor, ...]:
-        *xs, cos, sin = tensors
+        xs, (cos, sin), scales = tensors[: len(group)], tensors[len(group) :][:2], tensors[len(group) + 2 :]
         heads = [_heads(x, turn.axis) for x in xs]
         q, k = heads[0], heads[1] if len(heads) == 2 else None
         tile, warps = triton_rope.tiling(q)
         rotated = triton_rope.launch(
-            q, k, _rows(cos, turn.axis, rank), _rows(sin, turn.axis, rank), turn.spec, None, False, tile, warps,
-            start=inductor.start,
+            q, k, _rows(cos, turn.axis, rank), _rows(sin, turn.axis, rank), turn.spec, _norm(turn, scales), False,
+            tile, warps, start=inductor.start,
         )  # fmt: skip
         return tuple(_as_given(out, turn.axis, rank) for out in rotated if out is not None)
 
     inline_all([t.call for t in group], inputs, body, inductor.decompositions())
+    for t in group:
+        if t.norm is not None:
+            t.norm.graph.erase_node(t.norm)
+
+
+def _norm(turn: Turn, weights: Sequence[Tensor]) -> triton_rope.Norm | None:
+    spec = turn.norm_spec
+    if spec is None:
+        return None
+    q, k = (*(w.contiguous() for w in weights), None, None)[:2]
+    return triton_rope.Norm(spec.eps, q, k, spec.add_one)

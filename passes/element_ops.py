@@ -395,11 +395,11 @@ def _where(ev: Elements, node: fx.Node, idx: Position) -> Expr:
 @handles(aten.pow.Tensor_Scalar)
 def _pow(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
     exponent = node.args[1]
-    if not isinstance(exponent, int | float) or exponent not in (2, 3, 4, 0.5):
+    if not isinstance(exponent, int | float) or exponent not in (2, 3, 4, 0.5, -0.5):
         return None
     base = ev.at(node.args[0], idx)
-    if exponent == 0.5:
-        return ev.make("sqrt", base)
+    if abs(exponent) == 0.5:
+        return ev.make("sqrt" if exponent > 0 else "rsqrt", base)
     value = base
     for _ in range(int(exponent) - 1):
         value = ev.make("mul", value, base)

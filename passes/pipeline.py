@@ -1,4 +1,5 @@
-"""The order of the passes over one graph: experts, their routers, rotations; find, prove, rewrite; nothing half done.
+"""The order of the passes over one graph: experts, their routers, rotations, norms before them; find, prove, rewrite; nothing
+half done.
 
 Experts come first since their subgraphs are the larger ones, and a router is found from the experts it feeds; no two sites
 share a node that is rewritten. A site that fails its proof or its rewrite leaves the graph as it was, and a near miss.
@@ -7,17 +8,17 @@ share a node that is rewritten. A site that fails its proof or its rewrite leave
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from torch import fx
 
-from braze.passes import experts, proof, rope, routers
+from braze.passes import experts, norm, proof, rope, routers
 from braze.passes.elements import Sizes
 from braze.passes.proofs import Proofs
-from braze.passes.rewrite import clean, rewrite, source_nodes
-from braze.passes.sites import Finding, Kind, MoeSite, NearMiss, RopeSite, RouterSite, Site, source_line
+from braze.passes.rewrite import clean, rewrite, rewrite_norm, source_nodes
+from braze.passes.sites import Finding, Kind, MoeSite, NearMiss, NormSite, RopeSite, RouterSite, Site, source_line
 
 log = logging.getLogger("braze")
 
@@ -55,6 +56,8 @@ def run(graph: fx.Graph, disable: Collection[Kind] = (), strict: bool = False) -
             fuse = partial(_fuse, site, kind, prove, result)
             _guarded(fuse, f"{kind} at {site.root.name}", None, strict, result)
         clean(graph)  # what fused sites leave behind would look like other uses to the next kind
+    _guarded(partial(_join_norms, result, prove), "norms before rotations", None, strict, result)
+    clean(graph)
     result.seconds = time.perf_counter() - began
     return result
 
@@ -85,6 +88,34 @@ def _fuse(site: Site, kind: Kind, prove: Proofs, result: Result) -> None:
         result.near_misses.append(NearMiss(kind, name, "rewrite", str(e), source))
         return
     result.calls.append((call, Finding(kind, form(site), dims(site), proof=outcome, source=source)))
+
+
+def _join_norms(result: Result, prove: Proofs) -> None:
+    """Takes RMSNorms over the head just before rotations into their sites."""
+    known: norm.Known = {}
+    for n, (call, finding) in enumerate(result.calls):
+        if finding.kind != "rope":
+            continue
+        turned = call.args[0]
+        assert isinstance(turned, fx.Node)
+        found = norm.find(turned, Sizes(), known)
+        if isinstance(found, NearMiss):
+            result.near_misses.append(found)
+        elif found is not None:
+            try:
+                outcome = prove(found)
+                rewrite_norm(found)
+            except (proof.Refused, ValueError, RuntimeError) as e:
+                reason = f"the RMSNorm before it stays outside: {e}"
+                result.near_misses.append(NearMiss("rope", turned.name, "prove", reason, finding.source))
+                continue
+            joined = replace(finding, form=f"{finding.form}, {_norm_words(found)}", proof=f"{finding.proof}; {outcome}")
+            result.calls[n] = call, joined
+
+
+def _norm_words(site: NormSite) -> str:
+    weight = "" if site.weight is None else ", 1 + weight" if site.spec.add_one else ", weight"
+    return f"rms_norm before (eps {site.spec.eps:g}{weight})"
 
 
 def form(site: Site) -> str:

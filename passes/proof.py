@@ -1,8 +1,8 @@
 """The identity test that licenses a rewrite: the subgraph and the semantic op agree in float64 on pseudo-random values.
 
-A rotation's elements are evaluated one by one at sampled positions, every element of the last dimension; an expert block is run
-on a small instance of itself (small hidden sizes, an expert with no token); a router on rows that its constants show at.
-Symbolic sizes get two bindings.
+A rotation's elements are evaluated one by one at sampled positions, every element of the last dimension, and so are those of a
+norm, on rows of several magnitudes; an expert block is run on a small instance of itself (small hidden sizes, an expert with no
+token); a router on rows that its constants show at. Symbolic sizes get two bindings.
 """
 
 import math
@@ -16,10 +16,10 @@ from torch import Tensor, fx
 
 from braze.kernels import reference
 from braze.passes import element_ops, probes, small  # noqa: F401  (element_ops fills the table that Elements reads)
-from braze.passes.elements import Elements, Position, Sizes, Unknown
+from braze.passes.elements import Elements, Expr, Position, Sizes, Unknown
 from braze.passes.instances import instances
 from braze.passes.numeric import value
-from braze.passes.sites import MoeSite, RopeSite, RouterSite
+from braze.passes.sites import MoeSite, NormSite, RopeSite, RouterSite
 
 #: Relative difference above which two float64 results are not the same computation.
 TOLERANCE = 1e-9
@@ -55,8 +55,7 @@ def rope(site: RopeSite, sizes: Sequence[Sizes]) -> str:
 
 
 def _compare_row(ev: Elements, site: RopeSite, p: Position, shape: tuple[int, ...]) -> float:
-    memo: dict[object, float] = {}
-    head = shape[-1]
+    memo: dict[Expr, float] = {}
 
     def row(node: fx.Node) -> Tensor:
         own = ev.shape(node)
@@ -68,14 +67,65 @@ def _compare_row(ev: Elements, site: RopeSite, p: Position, shape: tuple[int, ..
         for s, k in zip(own, lead, strict=False):
             if k >= s:
                 raise Refused(f"table {node.name} of shape {own} does not broadcast to {shape}")
-        return torch.tensor([value(ev.at(node, (*lead, d)), memo) for d in range(own[-1])], dtype=torch.float64)  # type: ignore[arg-type]
+        return _row(ev, node, lead, own[-1], memo)
 
     try:
-        expected = torch.tensor([value(ev.at(site.root, (*p, d)), memo) for d in range(head)], dtype=torch.float64)  # type: ignore[arg-type]
+        expected = _row(ev, site.root, p, shape[-1], memo)
         got = reference.rope(row(site.x), row(site.cos), row(site.sin), replace(site.spec, out_dtype=torch.float64))
     except Unknown as e:
         raise Refused(f"unknown {e}") from None
     return difference(got, expected, f"at position {p}")
+
+
+def norm(site: NormSite, sizes: Sequence[Sizes]) -> str:
+    """The proof's outcome in words; Refused where the site is not what it was taken for."""
+    worst, count = 0.0, 0
+    for binding in sizes:
+        ev = Elements(binding, stop=lambda n: n is site.source or n is site.mean)
+        rows = Elements(binding, stop=lambda n: n is site.normed)
+        head = ev.shape(site.normed)[-1]
+        for p in _sample(ev.shape(site.normed)[:-1]):
+            worst = max(worst, norm_row(ev, site, p))
+            count += head
+        for p in _sample(ev.shape(site.root)[:-1]):
+            moved = [rows.at(site.root, (*p, d)) for d in range(ev.shape(site.root)[-1])]
+            row = moved[0].args[1][:-1] if moved[0].op == "load" else ()
+            if moved != [rows.load(site.normed, (*row, d)) for d in range(head)]:
+                raise Refused(f"the row of {site.root.name} at {p} is no row of {site.normed.name}")
+    return f"norm: {count} elements agree in float64 (worst {worst:.0e})"
+
+
+def norm_row(ev: Elements, site: NormSite, p: Position) -> float:
+    """The largest relative difference in one row of a norm, whose source and mean are leaves of `ev`.
+
+    Rows are of size 1, and so small that eps is as large as the mean of squares, and larger: its value and its place show.
+    """
+    head, rank = ev.shape(site.normed)[-1], len(ev.shape(site.source))
+    if [int(d) % rank for d in site.mean.args[1]] != [rank - 1]:  # type: ignore[union-attr, arg-type]
+        raise Refused(f"{site.mean.name} is no mean over the last dimension")
+    own = [ev.load(site.source, (*p, d)) for d in range(head)]
+    square = Elements(ev.sizes, stop=lambda n: n is site.source, indices=ev)
+    if any(square.at(site.mean.args[0], (*p, d)) is not ev.make("mul", e, e) for d, e in enumerate(own)):
+        raise Refused(f"{site.mean.name} is no mean of the squares of {site.source.name}")
+    lead = () if site.weight is None else (0,) * (len(ev.shape(site.weight)) - 1)
+    worst = 0.0
+    for size in (1.0, math.sqrt(site.spec.eps), 0.01 * math.sqrt(site.spec.eps)) if site.spec.eps else (1.0, 1e-18):
+        memo = {e: size * value(e, {}) for e in own}
+        source = torch.tensor([memo[e] for e in own], dtype=torch.float64)
+        memo |= {ev.load(site.mean, (*p, *end)): float(source.square().mean()) for end in ((), (0,))}
+        try:
+            weight = None if site.weight is None else _row(ev, site.weight, lead, head, memo)
+            expected = _row(ev, site.normed, p, head, memo)
+        except Unknown as e:
+            raise Refused(f"unknown {e}") from None
+        got = reference.rms_norm(source, weight, replace(site.spec, out_dtype=torch.float64))
+        worst = max(worst, difference(got, expected, f"at position {p}"))
+    return worst
+
+
+def _row(ev: Elements, node: fx.Node, p: Position, size: int, memo: dict[Expr, float]) -> Tensor:
+    """The elements node[p, :size]."""
+    return torch.tensor([value(ev.at(node, (*p, d)), memo) for d in range(size)], dtype=torch.float64)
 
 
 def moe(site: MoeSite, sizes: Sequence[Sizes]) -> str:

@@ -10,7 +10,7 @@ from torch import fx
 
 from braze.passes import proof, separate
 from braze.passes.elements import Sizes
-from braze.passes.sites import MoeSite, RopeSite, RouterSite, Site
+from braze.passes.sites import MoeSite, NormSite, RopeSite, RouterSite, Site
 from braze.passes.twins import evaluated, subgraph
 
 
@@ -21,7 +21,7 @@ class Proofs:
         self.sizes = proof.bindings(graph)
         self._known: dict[object, str] = {}
 
-    def __call__(self, site: Site) -> str:
+    def __call__(self, site: Site | NormSite) -> str:
         """The outcome in words; `proof.Refused` where the site is not what it was taken for."""
         key = proven_by(site)
         if key is not None and key in self._known:
@@ -32,14 +32,20 @@ class Proofs:
         return outcome
 
 
-def _prove(site: Site, sizes: Sequence[Sizes]) -> str:
+def _prove(site: Site | NormSite, sizes: Sequence[Sizes]) -> str:
+    if isinstance(site, NormSite):
+        return proof.norm(site, sizes)
     if isinstance(site, RopeSite):
         return proof.rope(site, sizes)
     return proof.moe(site, sizes) if isinstance(site, MoeSite) else proof.router(site, sizes)
 
 
-def proven_by(site: Site) -> object | None:
+def proven_by(site: Site | NormSite) -> object | None:
     """All that a site's proof depends on, to compare by; None where that is too much."""
+    if isinstance(site, NormSite):
+        fixed = [site.source] if site.weight is None else [site.source, site.weight]
+        between = subgraph([site.root, site.normed, site.mean], fixed, evaluated)
+        return None if between is None else (site.spec, len(fixed), between.text)
     if isinstance(site, RopeSite):
         between = subgraph([site.root, site.cos, site.sin], [site.x], evaluated)
         return None if between is None else (site.spec, between.text)

@@ -8,7 +8,10 @@ import torch
 from torch import fx
 
 from braze.passes import separate
-from braze.passes.sites import RopeSite, RouterSite, Site
+from braze.passes.sites import NormSite, RopeSite, RouterSite, Site
+
+aten = torch.ops.aten
+_CAST = torch.ops.prims.convert_element_type.default
 
 
 def rewrite(site: Site) -> fx.Node:
@@ -63,6 +66,35 @@ def _rewrite_router(site: RouterSite) -> fx.Node:
             results[1].meta = {**_provenance(site.ids), "val": values[1].squeeze(-1)}
     site.weights.replace_all_uses_with(results[0])
     site.ids.replace_all_uses_with(results[1])
+    return call
+
+
+def rewrite_norm(site: NormSite) -> fx.Node:
+    """Replaces root by braze::rms_norm of the source, laid out as root is; returns the call."""
+    root = site.root
+    graph = root.graph
+
+    def make(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        with graph.inserting_before(root):
+            node = graph.call_function(target, args, kwargs)
+        values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        node.meta = {**_provenance(root), "val": target(*values[0], **values[1])}
+        return node
+
+    source, weight = site.source, site.weight
+    for op in reversed(site.layout):
+        if op.target in (_CAST, aten.clone.default):
+            continue
+        target = aten.reshape.default if op.target is aten.view.default else op.target
+        source = make(target, (source, *op.args[1:]), op.kwargs)
+    if weight is not None and weight.meta["val"].ndim > 1:
+        weight = make(aten.reshape.default, (weight, [-1]), {})
+    attributes = asdict(site.spec)
+    if attributes["out_dtype"] == source.meta["val"].dtype:
+        attributes["out_dtype"] = None
+    call = make(torch.ops.braze.rms_norm.default, (source, weight), attributes)
+    _check_like(call.meta["val"], root.meta["val"])
+    root.replace_all_uses_with(call)
     return call
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from braze.kernels.spec import MoeSpec, RopeSpec, RouteSpec
+from braze.kernels.spec import MoeSpec, NormSpec, RopeSpec, RouteSpec
 
 Kind = Literal["rope", "moe", "router"]
 KINDS: tuple[Kind, ...] = ("rope", "moe", "router")
@@ -28,6 +28,21 @@ class RopeSite:
     sin: fx.Node
     spec: RopeSpec
     form: str
+
+
+@dataclass(frozen=True)
+class NormSite:
+    """normed [..., D] = braze::rms_norm(source [..., D], weight [1, ..., D] or none, spec); root, which a rotation turns, is
+    normed after `layout`: the ops from root back to normed, which move whole rows of D. mean: of the squares of each row.
+    """
+
+    root: fx.Node
+    normed: fx.Node
+    source: fx.Node
+    weight: fx.Node | None
+    mean: fx.Node
+    layout: tuple[fx.Node, ...]
+    spec: NormSpec
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Table:
     part: str = ""  # of a complex base: "re" or "im"
 
     def node(self, before: fx.Node) -> fx.Node:
-        """The view, as nodes inserted before `before` (none where the base serves as it is)."""
+        """The view, as nodes inserted before `before` (none where the base serves as it is, or has it already)."""
         make = _maker(before)
         node = self.base
         if self.part:
@@ -59,7 +59,12 @@ class Table:
 
 
 def _maker(before: fx.Node) -> Callable[[Any, tuple[Any, ...]], fx.Node]:
+    """Makes nodes before `before`, or finds them there: rotations by one table are told by its being one node."""
+
     def make(target: Any, args: tuple[Any, ...]) -> fx.Node:
+        for known in next(a for a in args if isinstance(a, fx.Node)).users:
+            if known.target is target and known.args == args and not known.kwargs and known < before:
+                return known
         with before.graph.inserting_before(before):
             node = before.graph.call_function(target, args)
         values = fx.node.map_arg(args, lambda n: n.meta["val"])

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from braze import xpu_sim
+from braze.backend import collect
 from braze.kernels.spec import RopeSpec
 from braze.kernels.triton import rope
+from braze.lowering import lower, rotations
+from tests import rope_models, tiny
 from tests.test_triton_rope import SPECS, compare, inputs, tables
 
 TARGETS = ["pvc", "generic"]
@@ -49,3 +52,19 @@ def test_norm_before_the_rotation(target: str, layout: Any, add_one: bool, size:
     with xpu_sim.device(target):
         compare(q, k, cos, sin, spec, rope.Norm(1e-6, weights[0], weights[1], add_one))
         compare(q, None, cos, sin, spec, rope.Norm(1e-5))
+
+
+@pytest.mark.parametrize(("name", "form"), [("qwen3", ", weight)"), ("gemma3", ", 1 + weight)"), ("olmo2", "half")])
+def test_one_launch_a_layer_norms_of_q_and_k_included(monkeypatch: pytest.MonkeyPatch, name: str, form: str) -> None:
+    """The launches inside a model's graph, as on a GPU, which these tensors are not on."""
+    monkeypatch.setattr(lower, "choose_rope", lambda call, forced: ("triton", "", rotations.turn(call)))
+    monkeypatch.setattr(rotations.triton_rope, "supports", lambda *args: None)
+    model, ids = rope_models.build(name, layers=2), tiny.tokens()
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        exact = tiny.as_float64(model)(ids, use_cache=False).logits
+        torch._dynamo.reset()
+        with xpu_sim.compiled_graphs("pvc"), xpu_sim.record() as launches, collect() as reports:
+            got = torch.compile(model, backend="braze", dynamic=False)(ids, use_cache=False).logits
+    assert all(s.form.endswith(form) for s in reports[0].sites) and len(reports[0].sites) == 4
+    assert [x.kernel for x in launches if "rope" in x.kernel] == ["rope_kernel"] * 2
+    torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5)
