@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from braze.passes import rows, separate
-from braze.passes.dense import chooses, over_masks
+from braze.passes.dense import chooses, over_masks, sparse_scores
 from braze.passes.elements import Elements, Expr, subexpressions, trail
 from braze.passes.products import NoExperts
 from braze.passes.separate import called
@@ -62,14 +62,20 @@ def chosen_by(
         index = called(aten.expand.default, index, sizes)
         weights = called(aten.sum.dim_IntList, called(aten.gather.default, mask, dim, index), [other])
         counts = called(aten.ne.Scalar, weights, 0)
-        if len(picks) > 1 and not _is_top_k(raw):
+        if len(picks) > 1 and not is_top_k(raw):
             counts = called(aten.logical_and.default, counts, _first_of_its_kind(raw))
         ids = called(aten.where.self, counts, raw, _none(raw))
     return Chosen(ids, weights, sources)
 
 
-def chosen_site(site: MoeSite, scores: fx.Node, ev: Elements) -> MoeSite:
-    """A site of all experts, weighted by scores [tokens, experts], with the ids and weights of those that count."""
+def sparse(site: MoeSite, ev: Elements) -> MoeSite:
+    """A site of all experts, whose weights are scores [tokens, experts], with the ids and weights of those that count;
+    NoExperts where all may."""
+    scores = site.weights
+    found = sparse_scores(scores, site.root, ev)
+    if found is not None:
+        ids, values, weights = found
+        return replace(site, ids=ids, values=values, weights=weights)
     tokens, experts = ev.shape(scores)
     with site.root.graph.inserting_before(site.root):
         mask = called(aten.unsqueeze.default, scores, 2)
@@ -128,7 +134,7 @@ def _sources(picks: Sequence[Expr], tokens: int, ev: Elements) -> tuple[fx.Node,
     return tuple(n for n in flat if n is not None) if None not in flat else ()
 
 
-def _is_top_k(node: fx.Node) -> bool:
+def is_top_k(node: fx.Node) -> bool:
     """Whether a row's integers are different, as a top-k's indices are."""
     source = node.args[0] if node.args else None
     return isinstance(source, fx.Node) and source.target is aten.topk.default

@@ -229,7 +229,7 @@ def _cat(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
     d = int(argument(node, 1, "dim", 0)) % len(dims)
     i = dims[d]
     if not isinstance(i, int):
-        return None
+        return _picked(ev, node, dims, d) if not part else None
     for source in node.args[0]:  # type: ignore[union-attr]
         size = ev.shape(_tensor(source))
         if len(size) != len(dims):
@@ -238,6 +238,46 @@ def _cat(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
             return ev.at(source, dims[:d] + (i,) + dims[d + 1 :] + part)
         i -= size[d]
     return None
+
+
+#: One of more tensors than this, picked by an integer, makes a leaf.
+MAX_PICKED = 64
+
+
+def _picked(ev: Elements, node: fx.Node, dims: Position, d: int) -> Expr | None:
+    """The element of that of several tensors whose number an integer is: sum_j [i = j] x_j."""
+    parts: Any = node.args[0]
+    sizes = {ev.shape(p)[d] for p in parts}
+    number, within = _divided(dims[d], min(sizes))
+    if len(parts) > MAX_PICKED or len(sizes) > 1 or number is None:
+        return None
+    total = ev.const(0)
+    for j, part in enumerate(parts):
+        is_it = ev.make("eq", number, ev.const(j))
+        total = ev.make("add", total, ev.make("mul", is_it, ev.at(part, (*dims[:d], within, *dims[d + 1 :]))))
+    return total
+
+
+def _divided(index: Expr, size: int) -> tuple[Expr | None, int]:
+    """(i, r) where an index is i size + r, r a number below size; i is None where that does not show."""
+    rest = 0
+    if index.op == "add" and index.args[1].const is not None:
+        index, rest = index.args[0], index.args[1].const
+    if size > 1 and index.op == "mul" and index.args[1].const == size:
+        index = index.args[0]
+    elif size > 1:
+        return None, 0
+    return (index, rest) if 0 <= rest < size else (None, 0)
+
+
+@handles(aten.any.dim, aten.any.dims)
+def _any(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
+    """Whether a sum of truth values is more than 0."""
+    source = _tensor(node.args[0])
+    if source.meta["val"].dtype is not torch.bool:
+        return None
+    total = _sum(ev, node, idx)
+    return None if total is None else ev.make("gt", total, ev.const(0))
 
 
 @handles(aten.stack.default)
@@ -378,6 +418,13 @@ def _mod(ev: Elements, node: fx.Node, idx: Position) -> Expr:
     return ev.make("mod", ev.operand(node.args[0], node, idx), ev.operand(node.args[1], node, idx))
 
 
+@handles(aten.fmod.Scalar, aten.fmod.Tensor)
+def _fmod(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
+    """As mod, where neither is negative: what torch.roll makes of an index."""
+    a, b = ev.operand(node.args[0], node, idx), ev.operand(node.args[1], node, idx)
+    return ev.make("mod", a, b) if all(e.const is not None and e.const >= 0 for e in (a, b)) else None
+
+
 @handles(aten.clamp.default, aten.hardtanh.default)
 def _clamp(ev: Elements, node: fx.Node, idx: Position) -> Expr:
     value = ev.at(node.args[0], idx)
@@ -446,7 +493,9 @@ def _sum(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
     """A short sum is a chain of additions."""
     source = _tensor(node.args[0])
     shape = ev.shape(source)
-    dims = sorted({int(d) % len(shape) for d in argument(node, 1, "dim") or range(len(shape))})
+    which = argument(node, 1, "dim")
+    which = [which] if isinstance(which, int) else which
+    dims = sorted({int(d) % len(shape) for d in which or range(len(shape))})
     count = math.prod(shape[d] for d in dims)
     if not 0 < count <= MAX_SUM or is_complex(node):
         return None

@@ -17,9 +17,8 @@ from torch import fx
 from braze.kernels.spec import MoeSpec, WeightOn
 from braze.passes import capacity, products, rows, separate, unrolled
 from braze.passes.between import Between, between
-from braze.passes.chosen import chosen_site
+from braze.passes.chosen import sparse
 from braze.passes.combine import Term, check_private, inner, one_atom, output_of, root_of, scale_of, terms_of
-from braze.passes.dense import sparse_scores
 from braze.passes.elements import Elements, Expr, Sizes, Unknown, leaves, trail
 from braze.passes.linear import TooLarge
 from braze.passes.products import NoExperts, Pair
@@ -155,16 +154,7 @@ def _site(pair: Pair, ev: Elements) -> MoeSite:
     site = MoeSite(
         root, x, ids or weights, weights, act.side.weight, w2.weight, act.bias, b2, values, spec, dispatch, masked
     )
-    return _sparse(site, ev) if ids is None else site
-
-
-def _sparse(site: MoeSite, ev: Elements) -> MoeSite:
-    """A site of all experts with the ids and weights of those that count; NoExperts where all may."""
-    found = sparse_scores(site.weights, site.root, ev)
-    if found is not None:
-        ids, values, weights = found
-        return replace(site, ids=ids, values=values, weights=weights)
-    return chosen_site(site, site.weights, ev)
+    return sparse(site, ev) if ids is None else site
 
 
 def _hidden(pair: Pair, ev: Elements) -> int:

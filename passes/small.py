@@ -245,6 +245,20 @@ def _histc(node: fx.Node, values: dict[fx.Node, Any], sizes: Sizes) -> Tensor:
     return torch.histc(value.double(), *node.args[1:], **node.kwargs)  # type: ignore[arg-type]
 
 
+def _gather(node: fx.Node, values: dict[fx.Node, Any], sizes: Sizes) -> Tensor:
+    """An index that is repeated along a dimension is repeated less often where its source has shrunk."""
+    source, dim, index = node.args[:3]
+    assert isinstance(source, fx.Node)
+    assert isinstance(index, fx.Node)
+    assert isinstance(dim, int)
+    value: Tensor = values[source]
+    picks: Tensor = values[index]
+    for d in range(picks.ndim):
+        if d != dim % picks.ndim and picks.shape[d] > value.shape[d] and picks.stride(d) == 0:
+            picks = picks.narrow(d, 0, value.shape[d])
+    return value.gather(dim, picks)
+
+
 _RULES: dict[Any, Callable[[fx.Node, dict[fx.Node, Any], Sizes], Any]] = {
     aten.view.default: _view,
     aten.reshape.default: _view,
@@ -255,6 +269,7 @@ _RULES: dict[Any, Callable[[fx.Node, dict[fx.Node, Any], Sizes], Any]] = {
     aten.split_with_sizes.default: _split,
     prims.convert_element_type.default: _convert,
     aten.histc.default: _histc,
+    aten.gather.default: _gather,
     aten.empty.memory_format: _filled(_empty),
     aten.full.default: _full,
 }

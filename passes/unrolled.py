@@ -15,11 +15,13 @@ from torch import fx
 
 from braze.kernels.expression import g as G
 from braze.kernels.expression import u as U
-from braze.kernels.spec import GateUpLayout, MoeSpec
+from braze.kernels.spec import GateUpLayout, MoeSpec, WeightOn
 from braze.passes import activation, separate
-from braze.passes.dense import chooses, is_mask, slots_of, sparse_scores
-from braze.passes.elements import HANDLERS, Elements, Expr, Position, Sizes, Unknown, leaves, trail
-from braze.passes.linear import TooLarge, polynomial
+from braze.passes.chosen import is_top_k, sparse
+from braze.passes.dense import is_mask, slots_of
+from braze.passes.elements import Elements, Expr, Position, Sizes, Unknown, leaves, trail
+from braze.passes.linear import TooLarge
+from braze.passes.masked import NoLoop, Term, behind, is_choice, is_plain, root_of
 from braze.passes.products import NoExperts
 from braze.passes.rows import count
 from braze.passes.sites import MoeSite, NearMiss, source_line
@@ -28,24 +30,6 @@ aten = torch.ops.aten
 
 #: A loop over more experts than this is left as it is: finding it would cost more than the user is told of.
 MAX_EXPERTS = 256
-
-
-class NoLoop(NoExperts):
-    """Why products that are masked and added up are no expert block."""
-
-
-@dataclass(frozen=True)
-class Term:
-    """One expert in one slot of the element: its last product, its number, the ids and the weight that choose it.
-
-    ids is None where weight is an element of dense scores [.., E].
-    """
-
-    product: fx.Node
-    scale: float
-    expert: int
-    ids: Expr | None
-    weight: Expr
 
 
 @dataclass(frozen=True)
@@ -59,116 +43,31 @@ class Expert:
     meaning: object
 
 
-def is_plain(node: fx.Node) -> bool:
-    """Whether the node is a product of two matrices, perhaps with a bias."""
-    return node.op == "call_function" and node.target in (aten.mm.default, aten.addmm.default)
-
-
 def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[MoeSite], list[NearMiss]]:
     """Every unrolled expert block of the graph, and every masked sum of experts that is none, with the reason."""
     sites: list[MoeSite] = []
     misses: list[NearMiss] = []
-    masks = [n for n in graph.nodes if is_mask(n) or n.target is aten.scatter.src]
-    if not masks:
+    if not any(map(is_choice, graph.nodes)):
         return sites, misses
     ev = Elements(sizes)
     downs = [n for n in graph.nodes if is_plain(n) and _firsts(n, 0, ev)]
-    inside = _behind({*downs, *(n for n in masks if is_mask(n))})
+    inside = behind({*downs, *filter(is_mask, graph.nodes)})
     done: set[fx.Node] = set()
     for down in downs:
         if down in done:
             continue
-        found = _root(down, inside, ev)
-        if found is None:
-            continue
-        root, terms = found
-        done.update(t.product for t in terms)
+        found = root_of(down, inside, lambda d: separate.left(_firsts(d, 0, ev)[0].args[0]), ev)
+        done |= found.products
         try:
-            sites.append(_site(root, terms, ev))
+            if found.root is not None:
+                sites.append(_site(found.root, found.terms, ev))
+            elif len(found.products) > 1:
+                raise NoLoop(f"the experts' outputs are not added up, each masked or weighted: {found.reason}")
         except (NoExperts, Unknown, TooLarge, separate.NotStored) as e:
-            misses.append(NearMiss("moe", root.name, "find", str(e), source_line([root, down])))
+            misses.append(
+                NearMiss("moe", (found.root or down).name, "find", str(e), source_line([found.root or down, down]))
+            )
     return sites, misses
-
-
-def _behind(seeds: set[fx.Node]) -> set[fx.Node]:
-    """The nodes computed from `seeds` element by element: not through products, sorts and the like."""
-    out = set(seeds)
-    for node in sorted(seeds)[0].graph.nodes if seeds else ():
-        if node.target in HANDLERS and any(n in out for n in node.all_input_nodes):
-            out.add(node)
-    return out
-
-
-# ----------------------------------------------------------------------------------------------------- the sum
-
-
-def _root(down: fx.Node, inside: set[fx.Node], ev: Elements) -> tuple[fx.Node, list[Term]] | None:
-    """The last node after `down` whose elements are sums of experts, each masked or scored; None if there is none."""
-    element = Elements(
-        ev.sizes, stop=lambda n: is_plain(n) or (n not in inside and bool(n.all_input_nodes)), indices=ev
-    )
-    memo: dict[Expr, Any] = {}
-    found = None
-    node = down
-    while True:
-        shape = ev.shape(node)
-        try:
-            terms = _terms(_linear(element.at(node, tuple(s - 1 for s in shape)), element, {}), memo, ev)
-        except (NoLoop, Unknown, TooLarge, RecursionError):
-            break
-        if terms and len({t.product for t in terms}) > 1:
-            found = node, terms
-        users = [n for n in node.users if n in inside]
-        if not users or len(users) != len(node.users):
-            break
-        node = max(users)
-    return found
-
-
-def _linear(expr: Expr, ev: Elements, memo: dict[Expr, Expr]) -> Expr:
-    """The expression with where(c, a, b) as b + c (a - b), and comparisons as factors of 0 and 1."""
-    if expr.op in ("const", "load", "eq", "gt"):
-        return expr
-    if expr not in memo:
-        args = [_linear(a, ev, memo) for a in expr.args]
-        if expr.op == "where" and args[0].op in ("eq", "gt"):
-            c, a, b = args
-            memo[expr] = ev.make("add", b, ev.make("mul", c, ev.make("sub", a, b)))
-        else:
-            memo[expr] = ev.make(expr.op, *args)
-    return memo[expr]
-
-
-def _terms(expr: Expr, memo: dict[Expr, Any], ev: Elements) -> list[Term]:
-    """The terms of a sum of experts; empty where one is not masked or scored (yet); NoLoop where a product is missing."""
-    out = []
-    complete = True
-    for atoms, scale in polynomial(expr, memo).items():
-        products = [a for a in atoms if a.op == "load" and is_plain(a.args[0])]
-        if len(products) != 1:
-            raise NoLoop("a term without an expert's product")
-        term = _term(products[0].args[0], scale, {a for a in atoms if a is not products[0]}, ev)
-        complete = complete and term is not None
-        out += [term] if term is not None else []
-    return out if complete else []
-
-
-def _term(product: fx.Node, scale: float, factors: set[Expr], ev: Elements) -> Term | None:
-    equal = [a for a in factors if chooses(a)]
-    weights = [a for a in factors if a.op == "load"]
-    implied = [a for a in factors if a.op == "gt" and a.args[1].const == 0 and set(equal) & _summands(a.args[0])]
-    if len(weights) != 1 or len(equal) + len(implied) + 1 != len(factors):
-        return None
-    if len(equal) == 1:
-        return Term(product, scale, int(equal[0].args[1].const), equal[0].args[0], weights[0])
-    for node, idx in trail(weights[0].args[0], weights[0].args[1], ev):
-        if not equal and len(idx) > 1 and ev.shape(node)[-1] > 1 and isinstance(idx[-1], int):
-            return Term(product, scale, idx[-1], None, ev.load(node, idx))
-    return None
-
-
-def _summands(expr: Expr) -> set[Expr]:
-    return _summands(expr.args[0]) | _summands(expr.args[1]) if expr.op == "add" else {expr}
 
 
 # ---------------------------------------------------------------------------------------------------- the site
@@ -195,20 +94,22 @@ def _site(root: fx.Node, terms: Sequence[Term], ev: Elements) -> MoeSite:
         raise NoLoop("the first product has columns that are not used")
 
     tokens = count(ev.shape(root)[:-1])
-    x = _input(experts, ev)
+    x, weight_on = _input(experts, terms, ev)
     if ev.shape(x)[-1] != ev.shape(root)[-1]:
         raise NoLoop("the experts' input and output have different sizes")
     ups = [[separate.stored(f, ev) for f in e.firsts] for e in experts]
     lows = [[separate.stored(d, ev)] for d in downs]
     _check_private(root, experts, downs)
-    ids, values, weights = _routing(root, terms, tokens, ev)
+    scored = all(t.ids is None for t in terms)
+    ids, weights = _scores(terms, root, ev) if scored else _routing(root, terms, tokens, ev)
     site_root = separate.flat(root, ev)
     stored_x = separate.rows_of(x, ev.shape(x)[-1], ev, site_root)
     w1, w2, transposed = separate.weights(ups, lows, site_root, ev)
     b1 = separate.biases(ups, bool(separate.lists(w1)), site_root, ev)
     b2 = separate.biases(lows, bool(separate.lists(w2)), site_root, ev)
-    spec = MoeSpec(text, layout, transposed, "output", scales.pop(), root.meta["val"].dtype)
-    return MoeSite(site_root, stored_x, ids, weights, w1, w2, b1, b2, values, spec, "unrolled")
+    spec = MoeSpec(text, layout, transposed, weight_on, scales.pop(), root.meta["val"].dtype)
+    site = MoeSite(site_root, stored_x, ids, weights, w1, w2, b1, b2, weights, spec, "unrolled")
+    return sparse(site, ev) if scored else site
 
 
 def _check_private(root: fx.Node, experts: Sequence[Expert], downs: Sequence[fx.Node]) -> None:
@@ -229,19 +130,17 @@ def _check_private(root: fx.Node, experts: Sequence[Expert], downs: Sequence[fx.
                     raise NoLoop(f"the intermediate {node.name} is also {what}")
 
 
-def _routing(root: fx.Node, terms: Sequence[Term], tokens: int, ev: Elements) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """(ids, values, weights), each [tokens, slots], from the terms' masks or from dense scores that were scattered."""
-    if all(t.ids is None for t in terms):
-        scores = terms[0].weight.args[0]
-        if any(t.weight.args[0] is not scores for t in terms):
-            raise NoLoop("the experts' scores are columns of different tensors")
-        rows = separate.rows_of(scores, ev.shape(scores)[-1], ev, root)
-        found = sparse_scores(rows, root, ev)
-        if found is None:
-            raise NoLoop(
-                f"the dense weights {scores.name} are no top-k, scattered or compared with the experts' numbers"
-            )
-        return found
+def _scores(terms: Sequence[Term], root: fx.Node, ev: Elements) -> tuple[fx.Node, fx.Node]:
+    """The scores [tokens, experts] whose columns weight the terms, in place of ids and of weights."""
+    scores = terms[0].weight.args[0]
+    if any(t.weight.args[0] is not scores for t in terms):
+        raise NoLoop("the experts' scores are columns of different tensors")
+    flat = separate.rows_of(scores, ev.shape(scores)[-1], ev, root)
+    return flat, flat
+
+
+def _routing(root: fx.Node, terms: Sequence[Term], tokens: int, ev: Elements) -> tuple[fx.Node, fx.Node]:
+    """(ids, weights), each [tokens, slots], from the terms' masks."""
     if any(t.ids is None for t in terms):
         raise NoLoop("only some experts are masked by ids")
     pairs = [(t.ids, t.weight) for t in terms if t.ids is not None]
@@ -250,7 +149,7 @@ def _routing(root: fx.Node, terms: Sequence[Term], tokens: int, ev: Elements) ->
     ids, weights = slots_of(pairs, tokens, slots, root, ev)
     if len(terms) != slots * experts:
         raise NoLoop("not every expert is masked by every slot of the ids")
-    return ids, weights, weights
+    return ids, weights
 
 
 # --------------------------------------------------------------------------------------------- between the products
@@ -331,17 +230,24 @@ def _width_fits(down: fx.Node, expert: Expert, gates: int, ev: Elements) -> bool
     return ev.shape(expert.firsts[0])[1] == gates * ev.shape(separate.left(down))[1]
 
 
-def _input(experts: Sequence[Expert], ev: Elements) -> fx.Node:
-    """The tensor [.., hidden] whose rows all experts read: the farthest one that views lead to."""
+def _input(experts: Sequence[Expert], terms: Sequence[Term], ev: Elements) -> tuple[fx.Node, WeightOn]:
+    """The tensor [.., hidden] whose rows all experts read, the farthest one that views lead to; whether they are weighted."""
+    operands = [separate.left(f) for e in experts for f in e.firsts]
+    starts = [(rows, (rows, (ev.shape(rows)[0] - 1, 0))) for rows in operands]
+    weighted = [t for t in terms if t.x is not None]
+    if weighted:
+        if len(weighted) != len(terms) or len(set(operands)) != len(experts):
+            raise NoLoop("only some of the experts' inputs are weighted")
+        if not all(t.ids is not None and is_top_k(t.ids.args[0]) for t in terms):
+            raise NoLoop("experts whose input is weighted are not chosen by a top-k: one may be chosen twice")
+        starts = [(operands[0], t.x.args) for t in weighted if t.x is not None]
     shared: list[fx.Node] | None = None
-    for first in (f for e in experts for f in e.firsts):
-        rows = separate.left(first)
-        t = ev.shape(rows)[0] - 1
-        own = [n for n, idx in trail(rows, (t, 0), ev) if _holds_rows(n, idx, rows, ev)]
+    for rows, start in starts:
+        own = [n for n, idx in trail(*start, ev) if _holds_rows(n, idx, rows, ev)]
         shared = own if shared is None else [n for n in shared if n in own]
     if not shared:
         raise NoLoop("the experts do not read one tensor [tokens, hidden]")
-    return shared[0]
+    return shared[0], "input" if weighted else "output"
 
 
 def _holds_rows(node: fx.Node, idx: Position, rows: fx.Node, ev: Elements) -> bool:

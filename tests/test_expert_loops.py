@@ -123,6 +123,80 @@ class Indexed(Loop):
         return y
 
 
+class AnyMask(Loop):
+    """Experts' outputs where any slot chose them, as the loops of many models skip the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            chosen = ids == e
+            weight = (w * chosen).sum(-1, keepdim=True)
+            y = y + torch.where(chosen.any(-1, keepdim=True), expert(x) * weight, 0.0)
+        return y
+
+
+class Stacked(Loop):
+    """All outputs side by side, of which a token's are gathered."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        outs = torch.stack([f(x) for f in self.experts], 1)
+        return (outs.gather(1, ids[..., None].expand(-1, -1, H)) * w[..., None]).sum(1)
+
+
+class Picked(Loop):
+    """As above, by an index."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        outs = torch.stack([f(x) for f in self.experts], 1)
+        return (outs[torch.arange(x.shape[0])[:, None], ids] * w[..., None]).sum(1)
+
+
+class Mixed(Loop):
+    """As above, mixed by an einsum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        scores = torch.zeros(x.shape[0], E).scatter(1, ids, w)
+        return torch.einsum("te,teh->th", scores, torch.stack([f(x) for f in self.experts], 1))
+
+
+class Normalised(Loop):
+    """All scores, masked, then divided by their sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).softmax(-1)
+        scores = scores * torch.zeros_like(scores).scatter_(-1, scores.topk(K).indices, 1.0)
+        scores = scores / scores.sum(-1, keepdim=True)
+        return sum((scores[..., e, None] * f(x) for e, f in enumerate(self.experts)), torch.zeros_like(x))
+
+
+class OnInput(Loop):
+    """The weight is on the expert's input; without biases, an expert of nothing gives nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        return sum((f(x * masked_sum(w, ids, e)) for e, f in enumerate(self.experts)), torch.zeros_like(x))
+
+
+class OnInputMasked(Loop):
+    """The weight is on the expert's input, and outputs of experts that are not chosen are left out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            y = y + expert(x * masked_sum(w, ids, e)) * (ids == e).any(-1, keepdim=True)
+        return y
+
+
+class Flattened(Loop):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(-1, H)).view(x.shape)
+
+
 class WithShared(Loop):
     """A shared expert and the residual are added to the routed ones."""
 
@@ -143,7 +217,10 @@ def exact(model: Loop, x: Tensor) -> Tensor:
         out = torch.zeros_like(rows)
         for t in range(rows.shape[0]):
             for j, e in enumerate(ids[t].tolist()):
-                out[t] += w[t, j] * model.experts[e](rows[t])
+                if isinstance(model, OnInput | OnInputMasked):
+                    out[t] += model.experts[e](w[t, j] * rows[t])
+                else:
+                    out[t] += w[t, j] * model.experts[e](rows[t])
     model.float()
     return out.reshape(x.shape)
 
@@ -155,6 +232,13 @@ LAYERS: dict[str, Callable[[], Loop]] = {
     "one-hot": lambda: Loop(by_one_hot, Joint, True),
     "scattered scores": Scattered,
     "slot by slot": lambda: Loop(slot_by_slot, Joint),
+    "any slot": lambda: AnyMask(bias=True),
+    "gathered outputs": lambda: Stacked(bias=True),
+    "indexed outputs": Picked,
+    "an einsum of outputs": Mixed,
+    "scores masked and normalised": Normalised,
+    "weight on input": OnInput,
+    "weight on input, biases": lambda: OnInputMasked(bias=True),
     "a sum or one more": lambda: Selected(bias=True),
     "clamped, alpha-sigmoid": lambda: Loop(
         between=lambda g, u: (u.clamp(-1, 1) + 1) * g.clamp(max=1.0) * torch.sigmoid(1.702 * g.clamp(max=1.0))
@@ -185,6 +269,16 @@ def test_tokens_in_two_dimensions() -> None:
     got = fused(x)
     assert fused.count("moe") == [1], fused.reasons
     assert_close(got, exact(model, x), 1e-5)
+
+
+@pytest.mark.parametrize("make", [Loop, Selected, Flattened], ids=lambda c: c.__name__)
+def test_tokens_in_two_dimensions_of_any_size(make: type[Loop]) -> None:
+    model = make()
+    fused = Fused(model, dynamic=True)
+    for lead in ((2, 3), (4, 5)):
+        x = tokens(*lead)
+        assert_close(fused(x), exact(model, x), 1e-5)
+    assert fused.count("moe") == [1], fused.reasons
 
 
 def test_parts_of_one_tensor_are_given_as_that_tensor() -> None:
@@ -281,6 +375,41 @@ class Everyone(Loop):
         return sum((scores[:, e, None] * f(x) for e, f in enumerate(self.experts)), torch.zeros_like(x))
 
 
+class BiasOfNothing(OnInput):
+    """With biases, an expert that is not chosen gives something."""
+
+    def __init__(self) -> None:
+        super().__init__(bias=True)
+
+
+class ChosenTwice(OnInput):
+    """Ids that may be equal: F(w x + v x) is not F(w x) + F(v x)."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.router(x)
+        w = logits.softmax(-1)[:, :K]
+        return w, torch.stack((logits.argmax(-1), logits.abs().argmax(-1)), -1)
+
+
+class HalfWeighted(Loop):
+    """The gate reads weighted rows, the other half does not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        y = torch.zeros_like(x)
+        for e, f in enumerate(self.experts):
+            y = y + f.down(silu(f.gate(x * masked_sum(w, ids, e))) * f.up(x))  # type: ignore[operator, union-attr]
+        return y
+
+
+class Largest(Loop):
+    """The largest of the masked outputs, no sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        return torch.stack([masked_sum(w, ids, e) * f(x) for e, f in enumerate(self.experts)]).amax(0)
+
+
 REFUSED: dict[str, tuple[type[Loop], str]] = {
     "ids and weights of different slots": (TwoRouters, "is weighted by"),
     "another activation": (OtherActivation, "different activations"),
@@ -288,6 +417,10 @@ REFUSED: dict[str, tuple[type[Loop], str]] = {
     "a slot left out": (SlotDropped, "is weighted by"),
     "another input": (OtherInput, "do not read one tensor"),
     "an expert's output used elsewhere": (Kept, "is also"),
+    "weight on input, biases that are not masked": (BiasOfNothing, "the subgraph and the op differ"),
+    "weight on input, an expert chosen twice": (ChosenTwice, "one may be chosen twice"),
+    "weight on half of the input": (HalfWeighted, "only some of the experts' inputs are weighted"),
+    "no sum": (Largest, "are not added up"),
 }
 
 

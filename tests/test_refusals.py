@@ -72,7 +72,11 @@ BENT: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "activation of the input too": ({"between": lambda a, x, h: a * x[:, :INNER]}, "the activation depends on"),
     "activation of three columns": ({"between": lambda a, x, h: a + h[:, 3 : 3 + INNER]}, "depends on 3 elements"),
-    "columns turned round": ({"between": lambda a, x, h: a + h.roll(1, 1)[:, :INNER]}, "an index that is not known"),
+    "columns turned round": ({"between": lambda a, x, h: a + h.roll(1, 1)[:, :INNER]}, "depends on 3 elements"),
+    "columns in an order that data decide": (
+        {"between": lambda a, x, h: a + h[:, h[0].argsort()[:INNER]]},
+        "an index that is not known",
+    ),
     "rows of two tokens added up": ({"combine": lambda y: y.view(K, T, H).sum(0)}, "are no [tokens, slots]"),
     "a maximum instead of a sum": (
         {"combine": lambda y: y.view(T, K, H).amax(1)},
