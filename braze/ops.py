@@ -14,6 +14,7 @@ from braze.kernels import aten, separate
 from braze.kernels.cpp import moe as cpp_moe
 from braze.kernels.cpp import route as cpp_route
 from braze.kernels.spec import MoeSpec, NormSpec, RopeSpec, RouteSpec
+from braze.kernels.triton import compat
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
 
@@ -135,7 +136,7 @@ def _moe(
 ) -> Tensor:  # fmt: skip
     spec = _moe_spec(**attributes)
     check_moe(x, ids, weights, w1, w2, spec)
-    kernel = _KERNELS.get(x.device.type)
+    kernel = _KERNELS.get(compat.platform(x.device))
     if kernel is None or kernel.supports(x, ids, weights, w1, w2, b1, b2, spec):
         return aten.moe(x, ids, weights, w1, w2, b1, b2, spec)
     return kernel.run(x, ids, weights, w1, w2, b1, b2, spec)  # type: ignore[no-any-return]
@@ -200,7 +201,7 @@ def _route_fake(logits: Tensor, bias: Tensor | None = None, **attributes: Any) -
 
 def _few(logits: Tensor) -> bool:
     """Whether a CPU is as fast with ATen ops, whose ties are torch.topk's own."""
-    return logits.device.type == "cpu" and logits.numel() < cpp_route.WORTH
+    return compat.platform(logits.device) == "cpu" and logits.numel() < cpp_route.WORTH
 
 
 _ROUTE_KERNELS: dict[str, Any] = {"cpu": cpp_route, "cuda": triton_route, "xpu": triton_route}
@@ -210,7 +211,7 @@ _ROUTE_KERNELS: dict[str, Any] = {"cpu": cpp_route, "cuda": triton_route, "xpu":
 def _route(logits: Tensor, bias: Tensor | None = None, **attributes: Any) -> tuple[Tensor, Tensor]:
     spec = _route_spec(**attributes)
     check_route(logits, bias, spec)
-    kernel = _ROUTE_KERNELS.get(logits.device.type)
+    kernel = _ROUTE_KERNELS.get(compat.platform(logits.device))
     if kernel is None or _few(logits) or kernel.supports(logits, bias, spec):
         return aten.route(logits, bias, spec)
     return kernel.run(logits, bias, spec)  # type: ignore[no-any-return]

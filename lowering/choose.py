@@ -7,6 +7,7 @@ from torch import fx
 from braze.kernels.cpp import moe as cpp_moe
 from braze.kernels.cpp import route as cpp_route
 from braze.kernels.spec import MoeSpec, RouteSpec
+from braze.kernels.triton import compat
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
 from braze.lowering.rotations import Turn, turn
@@ -14,7 +15,7 @@ from braze.lowering.rotations import Turn, turn
 
 def choose_rope(call: fx.Node, forced: str) -> tuple[str, str, Turn | None]:
     """(kernel, why, the call as a kernel takes it) for a `braze::rope` call; None where Inductor's own code does it."""
-    device = call.meta["val"].device.type
+    device = compat.platform(call.meta["val"].device)
     if forced == "pointwise":
         return "pointwise", "asked for", None
     if device not in ("cuda", "xpu"):
@@ -41,11 +42,12 @@ def choose_moe(call: fx.Node, forced: str) -> tuple[str, str]:
     x, ids, weights, w1, w2, b1, b2 = (*args, None, None)[:7]
     if forced == "aten":
         return "aten", "asked for"
-    name, kernel, why = _MOE.get(x.device.type, (None, None, ""))
+    device = compat.platform(x.device)
+    name, kernel, why = _MOE.get(device, (None, None, ""))
     if kernel is None:
-        return "aten", f"grouped products on sorted rows: no kernel of braze's for {x.device.type}"
+        return "aten", f"grouped products on sorted rows: no kernel of braze's for {device}"
     if forced not in ("auto", name):
-        return "aten", f"grouped products on sorted rows: the {forced} kernel is not for {x.device.type}"
+        return "aten", f"grouped products on sorted rows: the {forced} kernel is not for {device}"
     refusal = kernel.supports(x, ids, weights, w1, w2, b1, b2, MoeSpec(**attributes))
     if refusal is not None:
         return "aten", f"grouped products on sorted rows: the {name} kernel does not take this ({refusal})"
@@ -58,7 +60,7 @@ def choose_route(call: fx.Node, forced: str) -> tuple[str, str]:
     attributes: Any = call.kwargs
     logits, bias = (*args, None)[:2]
     composed = "a top-k, and scores only where they are needed, fused by Inductor"
-    name, kernel, why = _ROUTE.get(logits.device.type, (None, None, ""))
+    name, kernel, why = _ROUTE.get(compat.platform(logits.device), (None, None, ""))
     if forced == "aten":
         return "aten", "asked for"
     if kernel is None or forced not in ("auto", name):

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from braze.kernels.triton import compat
 from braze.xpu_sim import builtins, opencl
 from braze.xpu_sim.errors import SurfaceError
 from braze.xpu_sim.targets import SHARED_MEMORY, Target
@@ -247,7 +249,7 @@ class NoArchitecture:
 
 @contextlib.contextmanager
 def active(target: Target) -> Iterator[None]:
-    """Triton compiles for `target` and launches on the CPU, inside this context."""
+    """Inside this context Triton compiles for `target` and launches on the CPU, and braze takes CPU tensors for the GPU's."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("TRITON_INTERPRET is set, so kernels are interpreted and never compiled: unset it")
     build_globals = triton.backends.backends["intel"].compiler.__init__.__globals__
@@ -255,8 +257,10 @@ def active(target: Target) -> Iterator[None]:
     before = driver.active, build_globals[name]
     build_globals[name] = lambda source, module: NoArchitecture
     driver.set_active(SimulatedXpu(target))
+    gpu = compat.Simulated("xpu", target.name, target.cores)
     try:
-        yield
+        with mock.patch.dict(compat.simulated, cpu=gpu):
+            yield
     finally:
         driver.set_active(before[0])
         build_globals[name] = before[1]

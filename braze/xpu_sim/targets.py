@@ -17,7 +17,7 @@ class Target:
     """One Intel GPU as the compiler sees it.
 
     `sub_group_size` is the smallest sub-group (lanes); `matrix_engine` is DPAS; `block_io` is 2D block loads and stores;
-    `fp64` is double precision in hardware.
+    `fp64` is double precision in hardware; `cores` counts Xe cores.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Target:
     matrix_engine: bool
     block_io: bool
     fp64: bool = True
+    cores: int = 64
 
     def properties(self) -> dict[str, Any]:
         """The dictionary that Triton's Intel backend takes as `GPUTarget.arch`."""

@@ -6,6 +6,7 @@ kernels through a `Start`, so that one sequence runs at once or becomes a part o
 """
 
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,25 @@ from torch._subclasses.fake_tensor import FakeTensor
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 HAVE_HOST_DESCRIPTORS = HAVE_TRITON and importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
 DESCRIPTOR_ALIGNMENT = 16  # bytes, of the base and of every stride but the last
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A GPU that runs on another device's tensors: its platform ("xpu"), device name ("pvc"), and what runs side by side."""
+
+    platform: str
+    name: str
+    processors: int
+
+
+#: device type -> the GPU that is simulated there (`braze.xpu_sim`)
+simulated: dict[str, Simulated] = {}
+
+
+def platform(device: torch.device) -> str:
+    """Whose kernels run on a device's tensors: the device's type, or that of the GPU simulated there."""
+    found = simulated.get(device.type)
+    return found.platform if found else device.type
 
 
 @lru_cache(maxsize=16)
@@ -59,9 +79,14 @@ def overlaps_launches(device: torch.device) -> bool:
     return bool(HAVE_DEPENDENT_LAUNCH)
 
 
-@lru_cache(maxsize=16)
 def processors(device: torch.device) -> int:
     """How many programs a device runs side by side: multiprocessors of an NVIDIA GPU, Xe cores of an Intel one."""
+    found = simulated.get(device.type)
+    return found.processors if found else _processors(device)
+
+
+@lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
     if device.type == "xpu":
@@ -69,13 +94,27 @@ def processors(device: torch.device) -> int:
     return 1
 
 
-@lru_cache(maxsize=16)
 def device_name(device: torch.device) -> str:
-    """The name of a device's config file: "h100", "xpu" ...; "other" where nobody tuned."""
+    """The name of a device's config file: "h100", "pvc", "bmg" ...; "xpu" or "other" where nobody tuned."""
+    found = simulated.get(device.type)
+    return found.name if found else _device_name(device)
+
+
+@lru_cache(maxsize=16)
+def _device_name(device: torch.device) -> str:
+    if device.type == "xpu":
+        return intel_name(torch.xpu.get_device_name(device))
     if device.type != "cuda":
         return device.type
     name = torch.cuda.get_device_name(device).lower()
     return next((known for known in ("h100", "h200", "a100", "b200") if known in name), "other")
+
+
+def intel_name(name: str) -> str:
+    """The config name of an Intel GPU by the name its driver gives: "pvc" (Max series), "bmg" (Arc B), else "xpu"."""
+    if "Data Center GPU Max" in name:
+        return "pvc"
+    return "bmg" if re.search(r"\bArc\b.*\bB\d{2,3}\b", name) else "xpu"
 
 
 def dot_precision(x: Tensor) -> str:

@@ -34,7 +34,7 @@ def supports(
     biases = [b for b in (b1, b2) if b is not None]
     checks = (
         (compat.HAVE_TRITON, "Triton is not installed"),
-        (x.device.type in ("cuda", "xpu"), f"Triton has no {x.device.type} backend here"),
+        (compat.platform(x.device) in ("cuda", "xpu"), f"Triton has no {x.device.type} backend here"),
         (x.dtype in DTYPES, f"rows in {x.dtype}"),
         (w1.dtype == w2.dtype == x.dtype, f"weights in {w1.dtype} and {w2.dtype} for rows in {x.dtype}"),
         ((spec.out_dtype or x.dtype) in DTYPES, f"a result in {spec.out_dtype}"),

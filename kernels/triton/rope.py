@@ -152,7 +152,7 @@ def supports(
     size = q.shape[-1]
     checks = (
         (HAVE_TRITON, "Triton is not installed"),
-        (q.device.type in ("cuda", "xpu"), f"Triton has no {q.device.type} backend here"),
+        (compat.platform(q.device) in ("cuda", "xpu"), f"Triton has no {q.device.type} backend here"),
         (all(x.ndim == 4 for x in xs), "q and k must be [B, H, S, D]"),
         (all(x.dtype in DTYPES for x in (*xs, cos, sin)), "only float16, bfloat16 and float32"),
         ((spec.out_dtype or q.dtype) in DTYPES, f"no result in {spec.out_dtype}"),
@@ -196,7 +196,7 @@ def run(
 
 def tiling(q: Tensor) -> tuple[int, int]:
     """(elements of a program's heads, warps) for q's device."""
-    return (XPU_TILE, XPU_WARPS) if q.device.type == "xpu" else (TILE, WARPS)
+    return (XPU_TILE, XPU_WARPS) if compat.platform(q.device) == "xpu" else (TILE, WARPS)
 
 
 def launch(

@@ -126,7 +126,7 @@ def supports(logits: Tensor, bias: Tensor | None, spec: RouteSpec) -> str | None
     wide, size = _places(logits.shape[-1] - spec.shared, spec.groups)
     checks = (
         (HAVE_TRITON, "Triton is not installed"),
-        (logits.device.type in ("cuda", "xpu"), f"Triton has no {logits.device.type} backend here"),
+        (compat.platform(logits.device) in ("cuda", "xpu"), f"Triton has no {logits.device.type} backend here"),
         (logits.dtype in DTYPES and (spec.out_dtype or logits.dtype) in DTYPES, "only float16, bfloat16 and float32"),
         (bias is None or bias.dtype in DTYPES, "only float16, bfloat16 and float32"),
         (spec.ids_dtype in (torch.int64, torch.int32), f"no ids in {spec.ids_dtype}"),

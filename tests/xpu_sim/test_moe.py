@@ -1,4 +1,4 @@
-"""The Triton experts as XPU code: both ways to find rows, both layouts of gate and up, against float64."""
+"""The Triton experts as XPU code: every feature, both ways to find rows, on both kinds of GPU, against float64."""
 
 from __future__ import annotations
 
@@ -8,18 +8,60 @@ import pytest
 import torch
 
 from braze import xpu_sim
-from tests.test_triton_moe import CASES, compare, config
+from braze.kernels.triton import moe
+from braze.kernels.triton.choose_config import Config, Tile
+from tests.test_triton_moe import CASES, Case, compare, make
+
+TARGETS = ["pvc", "generic"]
+#: How rows are found and what is done to them have no code in common, and each kernel takes seconds to build.
+DIRECT = {
+    "pvc": ["silu", "gpt_oss", "llama4", "odd", "invalid", "fp16", "fp32"],
+    "generic": ["gpt_oss", "invalid k=1"],
+}
 
 
-@pytest.mark.parametrize("name", ["silu", "gpt_oss", "invalid k=1", "fp16"])
-@pytest.mark.parametrize("direct", [True, False], ids=["direct", "sorted"])
-def test_features(name: str, direct: bool) -> None:
-    with xpu_sim.device("pvc"):
-        compare(CASES[name], config(direct))
+def narrow(direct: bool, rows: int = 16, split: int = 1) -> Config:
+    """The smallest tiles with a product for each warp: the CPU compiler's time grows with a tile."""
+    tile = Tile(32, 32, 4, 2, group=2)
+    return Config(rows, direct, tile, dataclasses.replace(tile, split=split))
 
 
-def test_a_split_and_two_counting_programs() -> None:
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_feature(target: str, name: str) -> None:
+    with xpu_sim.device(target), xpu_sim.record() as launches:
+        compare(CASES[name], narrow(False))
+    names = [launch.kernel for launch in launches]
+    assert names.count("moe_gemm") == 4 and "moe_place" in names
+
+
+@pytest.mark.parametrize(("target", "name"), [(t, name) for t, names in DIRECT.items() for name in names])
+def test_rows_found_without_a_sort(target: str, name: str) -> None:
+    with xpu_sim.device(target), xpu_sim.record() as launches:
+        compare(CASES[name], narrow(True))
+    assert "moe_place" not in {launch.kernel for launch in launches}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_split_of_the_inner_dimension(target: str) -> None:
+    with xpu_sim.device(target):
+        compare(dataclasses.replace(CASES["on_input"], intermediate=160), narrow(True, split=4))
+        compare(dataclasses.replace(CASES["llama4"], intermediate=160), narrow(False, split=2))
+
+
+def test_more_programs_than_one_sorts() -> None:
     many = dataclasses.replace(CASES["silu"], tokens=600, hidden=32, intermediate=32, ids="invalid", bias=torch.float32)
-    with xpu_sim.device("generic"):
-        compare(dataclasses.replace(CASES["on_input"], intermediate=160), config(True, split=4))
-        compare(many, config(False, rows=32))
+    with xpu_sim.device("generic"), xpu_sim.record() as launches:
+        compare(many, narrow(False, rows=32))
+    assert "moe_count" in {launch.kernel for launch in launches}
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_chosen_config(tokens: int) -> None:
+    """`run` takes what is on a simulated GPU, by the tiles that its model of an XPU chooses."""
+    case = Case(tokens=tokens, hidden=128, intermediate=128)
+    with xpu_sim.device("pvc"):
+        compare(case)
+        x, ids, weights, w1, w2, b1, b2 = make(case)
+        assert moe.supports(x, ids, weights, w1, w2, b1, b2, case.spec) is None
+    assert "cpu" in str(moe.supports(x, ids, weights, w1, w2, b1, b2, case.spec))
