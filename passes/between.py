@@ -1,7 +1,7 @@
 """What lies between two expert products: a[i] = act(g[i] + b1[i], u[i] + b1[..]), times the router's weight where it is there.
 
 g and u are columns of the expert's first weight, halves or interleaved; w a W2 = w (a W2), so a weight on the activation
-is one on the expert's output.
+is one on the expert's output, and w (x W1) = (w x) W1, so one on the first product before its bias is one on the input.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,8 @@ from braze.passes.products import NoExperts, Pair, Side
 @dataclass(frozen=True)
 class Between:
     """The scalar function between the products. side: the first product's weights; idx: the element of the first product
-    that g stands for; weights: the loads by which the activation is multiplied, the router's."""
+    that g stands for; weights: the loads by which the activation is multiplied, the router's; scaled_by: the one by which the
+    first product is."""
 
     text: str
     layout: GateUpLayout
@@ -30,6 +31,7 @@ class Between:
     idx: Position
     side: Side
     weights: tuple[Expr, ...]
+    scaled_by: Expr | None
 
 
 def between(pair: Pair, term: Term, size: int, is_weight: Callable[[Expr], bool], ev: Elements) -> Between:
@@ -42,7 +44,7 @@ def between(pair: Pair, term: Term, size: int, is_weight: Callable[[Expr], bool]
     texts = [f.text for f in found]
     if len(set(texts)) != 1:
         raise NoExperts(f"the activation differs between columns: {texts[0]} and {texts[-1]}")
-    return Between(texts[0], layout, found[0].bias, found[0].idx, side, found[0].weights)
+    return Between(texts[0], layout, found[0].bias, found[0].idx, side, found[0].weights, found[0].scaled_by)
 
 
 def _layout(columns: list[tuple[int, ...]], size: int, width: int) -> GateUpLayout:
@@ -69,10 +71,11 @@ class _At:
     bias: fx.Node | None
     side: Side
     weights: tuple[Expr, ...]
+    scaled_by: Expr | None
 
 
 def _at(pair: Pair, term: Term, i: int, is_weight: Callable[[Expr], bool], ev: Elements) -> _At:
-    element, weights = _element(pair, term, i, is_weight, ev)
+    element, weights, scaled_by = _element(pair, term, i, is_weight, ev)
     loads = [e for e in leaves([element]) if e.args[0] is pair.first]
     by_column: dict[Any, Expr] = {}
     sides = []
@@ -103,19 +106,52 @@ def _at(pair: Pair, term: Term, i: int, is_weight: Callable[[Expr], bool], ev: E
         raise NoExperts(str(e)) from None
     if len(biases) > 1:
         raise NoExperts("gate and up have biases of different tensors")
-    return _At(columns, by_column[columns[0]].args[1], text, next(iter(biases), None), sides[0], weights)
+    return _At(columns, by_column[columns[0]].args[1], text, next(iter(biases), None), sides[0], weights, scaled_by)
 
 
 def _element(
     pair: Pair, term: Term, i: int, is_weight: Callable[[Expr], bool], ev: Elements
-) -> tuple[Expr, tuple[Expr, ...]]:
-    """The activation at inner index i over the first product's elements, and the weights that it is multiplied by."""
+) -> tuple[Expr, tuple[Expr, ...], Expr | None]:
+    """The activation at inner index i over the first product's elements, the weights that it is multiplied by, and the one that
+    those elements are multiplied by."""
     ways = inner(pair.first, pair.second)
     near = Elements(ev.sizes, stop=lambda n: n is pair.first or n not in ways, indices=ev)
     start = products.input_element(pair.second, term.idx, term.start + i * term.step, pair.second_left)
     element = present(near.at(*start), ev)
+    unscaled, scaled_by = _unscaled(element, pair.first, is_weight, ev)
+    if scaled_by is not None:
+        return _seen_through(unscaled, pair.first, ev), (), scaled_by
     weights = tuple(f for f in _factors(element) if f.op == "load" and f.args[0] is not pair.first and is_weight(f))
-    return _seen_through(_without(element, set(weights), ev), pair.first, ev), weights
+    return _seen_through(_without(element, set(weights), ev), pair.first, ev), weights, None
+
+
+def _unscaled(expr: Expr, first: fx.Node, is_weight: Callable[[Expr], bool], ev: Elements) -> tuple[Expr, Expr | None]:
+    """An expression without the weight by which each of the first product's elements in it is multiplied, and that weight."""
+    found: set[Expr | None] = set()
+    memo: dict[Expr, Expr] = {}
+
+    def go(e: Expr) -> Expr:
+        if e.op == "load" and e.args[0] is first:
+            found.add(None)
+        if e.op in ("const", "load"):
+            return e
+        if e not in memo:
+            loads = [a for a in e.args if a.op == "load"]
+            values = [a for a in loads if a.args[0] is first]
+            if (
+                e.op == "mul"
+                and len(loads) == 2
+                and len(values) == 1
+                and any(is_weight(a) for a in loads if a not in values)
+            ):
+                found.update(a for a in loads if a not in values)
+                memo[e] = values[0]
+            else:
+                memo[e] = ev.make(e.op, *map(go, e.args))
+        return memo[e]
+
+    out = go(expr)
+    return (expr, None) if None in found or len(found) != 1 else (out, found.pop())
 
 
 def _factors(e: Expr) -> Iterator[Expr]:

@@ -206,6 +206,10 @@ def _weight(
 ) -> tuple[rows.Source, WeightOn]:
     """(the element of the rows' weight, whether it is on the experts' input or output)."""
     out = on_output[0]
+    if act.scaled_by is not None:
+        if on_input is not None or act.weights or any(a is not None for a in on_output):
+            raise NoExperts("rows are weighted both on the first product and elsewhere")
+        return act.scaled_by.args, "input"
     if act.weights:
         if biased:
             raise NoExperts("rows are weighted between the products, and the bias after them is not")

@@ -16,6 +16,7 @@ from braze.passes.dense import chooses, is_mask
 from braze.passes.elements import HANDLERS, Elements, Expr, Unknown, leaves, trail
 from braze.passes.linear import TooLarge, polynomial
 from braze.passes.products import NoExperts
+from braze.passes.separate import is_plain
 
 aten = torch.ops.aten
 
@@ -53,11 +54,6 @@ class Sum:
     terms: list[Term] = field(default_factory=list)
     products: set[fx.Node] = field(default_factory=set)
     reason: str = ""
-
-
-def is_plain(node: fx.Node) -> bool:
-    """Whether the node is a product of two matrices, perhaps with a bias."""
-    return node.op == "call_function" and node.target in (aten.mm.default, aten.addmm.default)
 
 
 def is_choice(node: fx.Node) -> bool:

@@ -17,6 +17,7 @@ from braze.passes.sites import MoeSite
 aten = torch.ops.aten
 
 
+_CAST = torch.ops.prims.convert_element_type.default
 #: Where a name for a list keeps the list: a model's own stacks are none.
 _LIST = "braze_list"
 
@@ -37,47 +38,83 @@ class Stored:
     bias_of: tuple[fx.Node, int] | None
 
 
-def left(product: fx.Node) -> fx.Node:
+@dataclass(frozen=True)
+class Product:
+    """rows [tokens, in] times a view of a weight, and what is added to it."""
+
+    rows: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+
+
+def product(node: fx.Node) -> Product | None:
+    """The product of two matrices that a node is: mm, addmm, or mm plus a bias [columns], perhaps of another dtype."""
+    if node.op != "call_function":
+        return None
+    a: Any = node.args
+    if node.target is aten.mm.default:
+        return Product(a[0], a[1], None)
+    if node.target is aten.addmm.default:
+        scaled = any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta"))
+        return None if scaled else Product(a[1], a[2], a[0])
+    if node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1:
+        return None
+    for x, bias in ((a[0], a[1]), (a[1], a[0])):
+        if isinstance(x, fx.Node) and isinstance(bias, fx.Node) and bias.meta["val"].ndim == 1:
+            mm = x.args[0] if x.target is _CAST and len(x.users) == 1 else x
+            if isinstance(mm, fx.Node) and mm.target is aten.mm.default and len(mm.users) == 1:
+                return Product(mm.args[0], mm.args[1], bias)  # type: ignore[arg-type]
+    return None
+
+
+def is_plain(node: fx.Node) -> bool:
+    """Whether the node is a product of two matrices, with its bias if one is added."""
+    found = product(node)
+    if found is None or found.bias is not None or len(node.users) != 1:
+        return found is not None
+    after = next(iter(node.users))
+    if after.target is _CAST and len(after.users) == 1:
+        after = next(iter(after.users))
+    return after.target is not aten.add.Tensor or product(after) is None
+
+
+def left(node: fx.Node) -> fx.Node:
     """The row operand of a product of two matrices."""
-    rows = product.args[1 if product.target is aten.addmm.default else 0]
-    assert isinstance(rows, fx.Node)
-    return rows
+    found = product(node)
+    assert found is not None
+    return found.rows
 
 
-def stored(product: fx.Node, ev: Elements) -> Stored:
+def stored(node: fx.Node, ev: Elements) -> Stored:
     """The weight and the bias of a product of two matrices; NotStored where they are no plain tensors."""
-    biased = product.target is aten.addmm.default
-    if biased and (product.kwargs.get("alpha", 1) != 1 or product.kwargs.get("beta", 1) != 1):
-        raise NotStored("an expert's product is scaled")
-    operand = product.args[2 if biased else 1]
-    assert isinstance(operand, fx.Node)
+    found = product(node)
+    if found is None:
+        raise NotStored(f"{node.name} is no product of two matrices")
+    operand = found.weight
     paths = [dict(trail(operand, at, ev)) for at in ((0, 0), (1, 0), (0, 1))]
     weight = of = None
     transposed = False
-    for node, idx in paths[0].items():
-        inner, outer = (p.get(node) for p in paths[1:])
+    for source, idx in paths[0].items():
+        inner, outer = (p.get(source) for p in paths[1:])
         if inner is None or outer is None or inner[:-2] != idx[:-2] or outer[:-2] != idx[:-2]:
             continue
         if idx[-2:] != (0, 0) or sorted((inner[-2:], outer[-2:])) != [(0, 1), (1, 0)]:
             continue
-        if len(idx) == 2 and _product(ev.shape(node)) == _product(ev.shape(operand)):
-            weight, transposed = node, inner == (1, 0)
+        if len(idx) == 2 and _product(ev.shape(source)) == _product(ev.shape(operand)):
+            weight, transposed = source, inner == (1, 0)
         elif len(idx) == 3 and isinstance(idx[0], int):
-            of = node, idx[0], inner[1:] == (1, 0)
+            of = source, idx[0], inner[1:] == (1, 0)
     if weight is None:
         raise NotStored(f"{operand.name} is no expert's weight, indexed plainly")
     if of is not None and of[2] != transposed:
         of = None
     bias = bias_of = None
-    if biased:
-        bias, bias_of = _bias(product, ev)
+    if found.bias is not None:
+        bias, bias_of = _bias(found.bias, ev.shape(node)[1], ev)
     return Stored(weight, transposed, bias, of and of[:2], bias_of)
 
 
-def _bias(product: fx.Node, ev: Elements) -> tuple[fx.Node, tuple[fx.Node, int] | None]:
-    operand = product.args[0]
-    assert isinstance(operand, fx.Node)
-    columns = ev.shape(product)[1]
+def _bias(operand: fx.Node, columns: int, ev: Elements) -> tuple[fx.Node, tuple[fx.Node, int] | None]:
     at = (columns - 1,) if len(ev.shape(operand)) == 1 else (ev.shape(operand)[0] - 1, columns - 1)
     bias = of = None
     for node, idx in trail(operand, at, ev):

@@ -21,9 +21,10 @@ from braze.passes.chosen import is_top_k, sparse
 from braze.passes.dense import is_mask, slots_of
 from braze.passes.elements import Elements, Expr, Position, Sizes, Unknown, leaves, trail
 from braze.passes.linear import TooLarge
-from braze.passes.masked import NoLoop, Term, behind, is_choice, is_plain, root_of
+from braze.passes.masked import NoLoop, Term, behind, is_choice, root_of
 from braze.passes.products import NoExperts
 from braze.passes.rows import count
+from braze.passes.separate import is_plain
 from braze.passes.sites import MoeSite, NearMiss, source_line
 
 aten = torch.ops.aten
@@ -49,7 +50,7 @@ def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[MoeSite], list[NearMiss]]:
     misses: list[NearMiss] = []
     if not any(map(is_choice, graph.nodes)):
         return sites, misses
-    ev = Elements(sizes)
+    ev = Elements(sizes, stop=is_plain)
     downs = [n for n in graph.nodes if is_plain(n) and _firsts(n, 0, ev)]
     inside = behind({*downs, *filter(is_mask, graph.nodes)})
     done: set[fx.Node] = set()
