@@ -42,15 +42,17 @@ def root_of(pair: Pair, left: bool, ev: Elements) -> fx.Node:
     """Where the rows of a token have been added up: the first sum after the second product, with casts and a constant factor
     after it; without a sum, the last matrix of one row a token."""
     node = last = pair.second
-    while len(node.users) == 1:
-        node = next(iter(node.users))
-        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+    returned = False
+    while len(users := [n for n in node.users if n.op == "call_function"]) == 1:
+        returned |= len(node.users) > 1  # where a sum comes after, that is an intermediate's other use
+        node = users[0]
+        if not isinstance(node.meta.get("val"), torch.Tensor):
             break
         if node.target is aten.sum.dim_IntList:
             return output_of(node, ev)
         if node.target is aten.bmm.default and _combines(node, pair, left, ev):
             return output_of(node, ev)
-        if node.meta["val"].ndim == 2:
+        if node.meta["val"].ndim == 2 and not returned:
             last = node
     return last
 
