@@ -12,6 +12,7 @@ from torch import Tensor
 
 from braze.kernels import aten, separate
 from braze.kernels.cpp import moe as cpp_moe
+from braze.kernels.cpp import moe_separate as cpp_separate
 from braze.kernels.cpp import route as cpp_route
 from braze.kernels.spec import MoeSpec, NormSpec, RopeSpec, RouteSpec
 from braze.kernels.triton import compat
@@ -161,7 +162,10 @@ def _separate(
     x: Tensor, ids: Tensor, weights: Tensor, w1: list[Tensor], w2: list[Tensor], b1: list[Tensor], b2: list[Tensor],
     **attributes: Any,
 ) -> Tensor:  # fmt: skip
-    return separate.moe(x, ids, weights, w1, w2, b1, b2, MoeSpec(**attributes))
+    spec = _moe_spec(**attributes)
+    if x.device.type != "cpu" or cpp_separate.supports(x, ids, weights, w1, w2, b1, b2, spec):
+        return separate.moe(x, ids, weights, w1, w2, b1, b2, spec)
+    return cpp_separate.run(x, ids, weights, w1, w2, b1, b2, spec)
 
 
 @torch.library.register_fake("braze::rope")

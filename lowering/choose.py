@@ -5,6 +5,7 @@ from typing import Any
 from torch import fx
 
 from braze.kernels.cpp import moe as cpp_moe
+from braze.kernels.cpp import moe_separate as cpp_separate
 from braze.kernels.cpp import route as cpp_route
 from braze.kernels.spec import MoeSpec, RouteSpec
 from braze.kernels.triton import compat
@@ -52,6 +53,20 @@ def choose_moe(call: fx.Node, forced: str) -> tuple[str, str]:
     if refusal is not None:
         return "aten", f"grouped products on sorted rows: the {name} kernel does not take this ({refusal})"
     return name, "asked for" if forced == name else why
+
+
+def choose_separate(call: fx.Node) -> tuple[str, str]:
+    """(kernel, why) for a `braze::moe_separate` call, which is kept whole."""
+    args: Any = fx.node.map_arg(call.args, lambda n: n.meta["val"])
+    attributes: Any = call.kwargs
+    x, ids, weights, w1, w2, b1, b2 = args
+    in_turn = "one expert after the other, weights where they lie: nothing is stacked"
+    if x.device.type != "cpu":
+        return "separate", in_turn
+    refusal = cpp_separate.supports(x, ids, weights, w1, w2, b1, b2, MoeSpec(**attributes))
+    if refusal is not None:
+        return "separate", f"{in_turn}; the cpp kernel does not take this ({refusal})"
+    return "cpp", "one C++ call with a pointer an expert, rows gathered in place, weights where they lie"
 
 
 def choose_route(call: fx.Node, forced: str) -> tuple[str, str]:

@@ -10,15 +10,16 @@ from braze.kernels.spec import MoeSpec, RouteSpec
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
 from braze.lowering import cpp_call, inductor, rope_loops, rotations
-from braze.lowering.choose import choose_moe, choose_rope, choose_route
+from braze.lowering.choose import choose_moe, choose_rope, choose_route, choose_separate
 from braze.lowering.inline import inline, inline_all
 from braze.lowering.rotations import Turn
 
 
 def register() -> None:
-    """Tells Inductor how to lower `braze::rope` and `braze::moe`, once; the ops must have been defined."""
+    """Tells Inductor how to lower the semantic ops that stay in a graph, once; the ops must have been defined."""
     inductor.register(torch.ops.braze.rope.default, rope_loops.lower)
     inductor.register(torch.ops.braze.moe.default, cpp_call.lower_moe)
+    inductor.register(torch.ops.braze.moe_separate.default, cpp_call.lower_separate)
 
 
 def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -37,7 +38,7 @@ def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str
             kernel, why = choose_route(call, forced.get("router", "auto"))
             _apply_route(call, kernel)
         elif call.target.name() == "braze::moe_separate":  # type: ignore[union-attr]
-            kernel, why = "separate", "one expert after the other, weights where they lie: nothing is stacked"
+            kernel, why = choose_separate(call)
         else:
             kernel, why = choose_moe(call, forced.get("moe", "auto"))
             _apply_moe(call, kernel)

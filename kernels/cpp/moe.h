@@ -4,7 +4,8 @@
 // true count of rows, of the second across all experts, so that one thread owns a block of the output and adds experts
 // up in order. Hence no atomics, and the result does not depend on the number of threads.
 //
-// Expects product.h; BRAZE_LAYOUT_*; `V activation(V g, V u)`.
+// Expects product.h; BRAZE_LAYOUT_*; BRAZE_SEPARATE, whether each expert's weights are tensors of their own, and
+// BRAZE_APART, whether so are those of gate and up; `V activation(V g, V u)`.
 
 enum Dtype : int64_t { NONE = 0, F32 = 1, BF16 = 2, F16 = 3 };
 
@@ -28,17 +29,35 @@ inline void write(void* p, int64_t i, int64_t dtype, V v, int count) {
 struct Table {
   const void* data;
   int64_t dtype, stride0, stride1;
-  explicit operator bool() const { return dtype != NONE; }
   float at(int64_t i, int64_t j) const { return read(data, i * stride0 + j * stride1, dtype); }
+};
+
+// What lies in one tensor for all experts, the i-th `stride` elements after the first, or in a tensor each.
+struct Weights {
+  const void* const* data;
+  int64_t stride;
+  const Weight* at(int64_t i) const {
+    return static_cast<const Weight*>(data[BRAZE_SEPARATE ? i : 0]) + (BRAZE_SEPARATE ? 0 : i * stride);
+  }
+};
+
+struct Biases {
+  const void* const* data;
+  int64_t dtype, stride0, stride1;
+  explicit operator bool() const { return dtype != NONE; }
+  float at(int64_t i, int64_t j) const {
+    return read(data[BRAZE_SEPARATE ? i : 0], (BRAZE_SEPARATE ? 0 : i * stride0) + j * stride1, dtype);
+  }
 };
 
 struct Problem {
   int64_t tokens, hidden, inner, experts, top_k;
   const Weight* x;
   int64_t x_stride;
-  const Weight *w1, *w2;
-  int64_t w1_expert, w1_stride, w2_expert, w2_stride;
-  Table router, b1, b2;
+  Weights w1, w2;
+  int64_t w1_stride, w2_stride;
+  Table router;
+  Biases b1, b2;
   bool weight_on_input;
   float scale;
   void* out;
@@ -84,12 +103,17 @@ constexpr int GATES = 1;
 #else
 constexpr int GATES = 2;
 #endif
-constexpr bool WOVEN = BRAZE_LAYOUT_INTERLEAVED && BRAZE_TRANSPOSED;  // a run of columns holds g, u, g, u ...
+constexpr int APART = BRAZE_APART ? 2 : 1;  // matrices of an expert's first product
+constexpr bool WOVEN = BRAZE_LAYOUT_INTERLEAVED && BRAZE_TRANSPOSED && APART == 1;  // a run of columns holds g, u, g, u ...
 
 inline int gate_up_columns(const Problem& p, int64_t first, int64_t count, Columns* out) {
   if (GATES == 1 || WOVEN) {
     out[0] = {GATES * first, 1, GATES * count};
     return 1;
+  }
+  if (APART == 2) {
+    out[0] = out[1] = {first, 1, count};
+    return 2;
   }
   const bool halves = BRAZE_LAYOUT_HALVES;
   out[0] = {halves ? first : 2 * first, halves ? 1 : 2, count};
@@ -97,11 +121,14 @@ inline int gate_up_columns(const Problem& p, int64_t first, int64_t count, Colum
   return 2;
 }
 
-inline void load_bias(const Table& bias, int64_t e, const Columns* groups, int group_count, float* out) {
+// The biases of columns of matrix i; of matrix i + 1 for a second group of columns, where `apart`.
+inline void load_bias(
+    const Biases& bias, int64_t i, bool apart, const Columns* groups, int group_count, float* out) {
   std::fill(out, out + TILE_COLUMNS, 0.f);
   if (!bias) return;
   for (int g = 0; g < group_count; ++g)
-    for (int64_t n = 0; n < groups[g].count; ++n) out[g * GROUP + n] = bias.at(e, groups[g].first + n * groups[g].step);
+    for (int64_t n = 0; n < groups[g].count; ++n) 
+      out[g * GROUP + n] = bias.at(i + (apart ? g : 0), groups[g].first + n * groups[g].step);
 }
 
 // One row of the tile -> act columns, in the dtype and order they are multiplied in.
@@ -212,10 +239,12 @@ inline void first_product(
   Columns groups[2];
   float bias[TILE_COLUMNS];
   const int group_count = gate_up_columns(p, task.first, task.count, groups);
-  load_bias(p.b1, task.expert, groups, group_count, bias);
+  load_bias(p.b1, task.expert * APART, APART == 2, groups, group_count, bias);
   rows.clear();
   for (int64_t s = task.begin; s < task.end; ++s) rows.push_back(x + r.token[s] * x_stride);
-  const Matrix w{p.w1 + task.expert * p.w1_expert, p.w1_stride, p.hidden};
+  Matrix w[2];
+  for (int g = 0; g < 2; ++g)
+    w[g] = {p.w1.at(task.expert * APART + (APART == 2 ? g : 0)), p.w1_stride, p.hidden};
   multiply(w, groups, group_count, rows.data(), rows.size(), space, [&](int64_t first, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t s = task.begin + first + i;
@@ -237,11 +266,11 @@ inline void second_product(
     };
     const int64_t begin = bound(task.begin), end = bound(task.end);
     if (begin == end) continue;
-    load_bias(p.b2, e, &columns, 1, bias);
+    load_bias(p.b2, e, false, &columns, 1, bias);
     rows.clear();
     for (int64_t s = begin; s < end; ++s) rows.push_back(act + s * act_stride);
-    const Matrix w{p.w2 + e * p.w2_expert, p.w2_stride, p.inner};
-    multiply(w, &columns, 1, rows.data(), rows.size(), space, [&](int64_t first, int64_t count) {
+    const Matrix w{p.w2.at(e), p.w2_stride, p.inner};
+    multiply(&w, &columns, 1, rows.data(), rows.size(), space, [&](int64_t first, int64_t count) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t s = begin + first + i;
         const V weight(p.weight_on_input ? 1.f : r.weight[s]);
@@ -300,19 +329,16 @@ inline void moe(const Problem& p, const Routing& r, int threads) {
   }
 }
 
-}  // namespace braze_kernel
-
-extern "C" void kernel(
-    void* out, const void* x, const void* ids, const void* router, const void* w1, const void* w2, const void* b1,
-    const void* b2, int64_t out_dtype, int64_t ids_wide, int64_t router_dtype, int64_t b1_dtype, int64_t b2_dtype,
+inline void run(
+    void* out, const void* x, const void* ids, const void* router, const void* const* w1, const void* const* w2,
+    const void* const* b1, const void* const* b2, int64_t out_dtype, int64_t ids_wide, int64_t router_dtype, int64_t b1_dtype, int64_t b2_dtype,
     int64_t tokens, int64_t hidden, int64_t inner, int64_t experts, int64_t top_k, int64_t x_stride,
     int64_t ids_stride0, int64_t ids_stride1, int64_t router_stride0, int64_t router_stride1, int64_t w1_expert,
     int64_t w1_stride, int64_t w2_expert, int64_t w2_stride, int64_t b1_stride0, int64_t b1_stride1,
     int64_t b2_stride0, int64_t b2_stride1, int64_t weight_on_input, float scale) {
-  using namespace braze_kernel;
   const Problem p{
       tokens, hidden, inner, experts, top_k, static_cast<const Weight*>(x), x_stride,
-      static_cast<const Weight*>(w1), static_cast<const Weight*>(w2), w1_expert, w1_stride, w2_expert, w2_stride,
+      {w1, w1_expert}, {w2, w2_expert}, w1_stride, w2_stride,
       {router, router_dtype, router_stride0, router_stride1}, {b1, b1_dtype, b1_stride0, b1_stride1},
       {b2, b2_dtype, b2_stride0, b2_stride1}, weight_on_input != 0, scale, out, out_dtype};
   const Routing r = ids_wide ? route(p, static_cast<const int64_t*>(ids), ids_stride0, ids_stride1)
@@ -323,3 +349,5 @@ extern "C" void kernel(
   moe(p, r, 1);
 #endif
 }
+
+}  // namespace braze_kernel

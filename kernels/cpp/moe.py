@@ -12,38 +12,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from braze.kernels.cpp.source import moe_source
+from braze.kernels.cpp.source import argument_types, moe_source
 from braze.kernels.cpp.toolchain import compile_cpp
 from braze.kernels.spec import GateUpLayout, MoeSpec
 
 log = logging.getLogger(__name__)
 
 _DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # as enum Dtype of moe.h
-#: The function's parameters: the result, the op's tensors (x for one that is not given), then `numbers`.
-ARGUMENTS = ("void*", *("const void*",) * 7, *("int64_t",) * 24, "float")
+Tensors = tuple[int, ...]  # as `tensors` of moe_source
 
 
 @lru_cache(maxsize=256)
 def _build(
-    dtype: torch.dtype, layout: GateUpLayout, transposed: bool, activation: str
+    dtype: torch.dtype, layout: GateUpLayout, transposed: bool, activation: str, tensors: Tensors | None = None
 ) -> tuple[Callable[..., None] | None, str]:
     """The compiled kernel, or None and why there is none."""
     try:
-        return compile_cpp(ARGUMENTS, _source(dtype, layout, transposed, activation)), ""
+        text = _source(dtype, layout, transposed, activation, tensors)
+        return compile_cpp(argument_types(tensors or (1, 1, 1, 1)), text), ""
     except NotImplementedError as e:
         return None, f"the activation has no C++ form: {e}"
     except RuntimeError as e:
         return None, _warned(f"the C++ kernel does not build ({e})")
 
 
+def build(dtype: torch.dtype, spec: MoeSpec, tensors: Tensors | None = None) -> tuple[Callable[..., None] | None, str]:
+    """The kernel for weights of `dtype`, built at its first use, or None and why there is none; tensors: as for `source`."""
+    return _build(dtype, spec.layout, spec.transposed, spec.activation, tensors)
+
+
 @lru_cache(maxsize=256)
-def _source(dtype: torch.dtype, layout: GateUpLayout, transposed: bool, activation: str) -> str:
-    return moe_source(dtype, layout, transposed, activation, _bf16_dot())
+def _source(
+    dtype: torch.dtype, layout: GateUpLayout, transposed: bool, activation: str, tensors: Tensors | None
+) -> str:
+    return moe_source(dtype, layout, transposed, activation, _bf16_dot(), tensors)
 
 
-def source(dtype: torch.dtype, spec: MoeSpec) -> str:
-    """The C++ text of the kernel for weights of `dtype`; NotImplementedError where the activation has no C++ form."""
-    return _source(dtype, spec.layout, spec.transposed, spec.activation)
+def source(dtype: torch.dtype, spec: MoeSpec, tensors: Tensors | None = None) -> str:
+    """The C++ text of the kernel for weights of `dtype`; NotImplementedError where the activation has no C++ form.
+
+    tensors: how many hold w1, w2, b1 and b2 where experts have tensors of their own; None: one holds all experts'.
+    """
+    return _source(dtype, spec.layout, spec.transposed, spec.activation, tensors)
 
 
 @cache
@@ -74,6 +84,17 @@ def supports(
 
     Builds the kernel at its first use; a machine on which it does not build is asked once for each kernel.
     """
+    reason = refusal(x, ids, weights, w1, w2, b1, b2, spec)
+    if reason is not None:
+        return reason
+    kernel, reason = build(x.dtype, spec)
+    return None if kernel else reason
+
+
+def refusal(
+    x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, spec: MoeSpec
+) -> str | None:
+    """As `supports`, but nothing is built. w1, w2, b1 and b2 are those of all experts, or of one."""
     dtype = x.dtype
     if dtype not in _DTYPES:
         return f"x is {dtype}, not float32, bfloat16 or float16"
@@ -84,8 +105,8 @@ def supports(
     for name, t in (("w1", w1), ("w2", w2)):
         if t.dtype != dtype:
             return f"{name} is {t.dtype} and x {dtype}"
-        if t.stride(2) != 1:
-            return f"the last stride of {name} is {t.stride(2)}, not 1"
+        if t.stride(-1) != 1:
+            return f"the last stride of {name} is {t.stride(-1)}, not 1"
     if x.stride(1) != 1:
         return f"the last stride of x is {x.stride(1)}, not 1"
     for name, s in (("router weights", weights), ("b1", b1), ("b2", b2)):
@@ -102,8 +123,7 @@ def supports(
     ):
         if o is not None and o.device.type != "cpu":
             return f"{name}: device {o.device}, not cpu"
-    kernel, reason = _build(dtype, spec.layout, spec.transposed, spec.activation)
-    return None if kernel else reason
+    return None
 
 
 def run(
@@ -119,7 +139,7 @@ def run(
     """As `braze.kernels.reference.moe`, on tensors that `supports` takes; act columns are rounded to bfloat16 where the
     CPU multiplies bfloat16 itself, all else is fp32. Uses torch.get_num_threads() threads; deterministic.
     """
-    kernel, reason = _build(x.dtype, spec.layout, spec.transposed, spec.activation)
+    kernel, reason = build(x.dtype, spec)
     if kernel is None:
         raise RuntimeError(reason)
     tokens, hidden = x.shape
@@ -134,13 +154,19 @@ def run(
     return out
 
 
-def numbers(x: Any, ids: Any, weights: Any, w1: Any, w2: Any, b1: Any, b2: Any, spec: MoeSpec) -> tuple[Any, ...]:
-    """What the function takes after its pointers: dtypes, sizes and strides of tensors (or of what stands for them)."""
+def numbers(
+    x: Any, ids: Any, weights: Any, w1: Any, w2: Any, b1: Any, b2: Any, spec: MoeSpec, experts: int | None = None
+) -> tuple[Any, ...]:
+    """What the function takes after its pointers: dtypes, sizes and strides of tensors (or of what stands for them).
+
+    experts: how many, where w1, w2, b1 and b2 are one expert's.
+    """
+    lead = lambda t, dims: (*t.stride()[:2],) if len(t.shape) == dims else (0, t.stride(0))  # noqa: E731
     return (
         _DTYPES[spec.out_dtype or x.dtype], int(ids.dtype == torch.int64), _DTYPES[weights.dtype],
         0 if b1 is None else _DTYPES[b1.dtype], 0 if b2 is None else _DTYPES[b2.dtype],
-        x.shape[0], x.shape[1], w2.shape[1 if spec.transposed else 2], w1.shape[0], ids.shape[1],
-        x.stride(0), *ids.stride(), *weights.stride(), w1.stride(0), w1.stride(1), w2.stride(0), w2.stride(1),
-        *((0, 0) if b1 is None else b1.stride()), *((0, 0) if b2 is None else b2.stride()),
+        x.shape[0], x.shape[1], w2.shape[-2 if spec.transposed else -1], experts or w1.shape[0], ids.shape[1],
+        x.stride(0), *ids.stride(), *weights.stride(), *lead(w1, 3), *lead(w2, 3),
+        *((0, 0) if b1 is None else lead(b1, 2)), *((0, 0) if b2 is None else lead(b2, 2)),
         int(spec.weight_on == "input"), float(spec.scale),
     )  # fmt: skip

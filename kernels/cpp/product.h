@@ -7,25 +7,25 @@ struct Workspace {
   uint32_t* panels;  // [2][K / UNIT][NR]
 };
 
-// rows [count] times one or two groups of columns; group i lies at tile[:, i * GROUP :]. `done(first, count)` is called
+// rows [count] times one or two groups of columns, group i of w[i]; it lies at tile[:, i * GROUP :]. `done(first, count)` is called
 // for each run of rows once the tile holds it. More than ROWS_IN_PLACE rows take PANEL_COLUMNS columns in all.
 template <class Done>
 inline void multiply(
-    const Matrix& w, const Columns* groups, int group_count, const Operand* const* rows, int64_t count,
+    const Matrix* w, const Columns* groups, int group_count, const Operand* const* rows, int64_t count,
     const Workspace& space, Done&& done) {
   if (count <= ROWS_IN_PLACE) {
     for (int g = 0; g < group_count; ++g)
-      (BRAZE_TRANSPOSED ? strip_block : dot_block)(w, groups[g], rows, count, space.tile + g * GROUP);
+      (BRAZE_TRANSPOSED ? strip_block : dot_block)(w[g], groups[g], rows, count, space.tile + g * GROUP);
     done(0, count);
     return;
   }
-  const int64_t size = (depth(w.k) + UNIT - 1) / UNIT * NR;
+  const int64_t size = (depth(w->k) + UNIT - 1) / UNIT * NR;
   float* place[2];
   int panels = 0;
   for (int g = 0; g < group_count; ++g)
     for (int64_t n = 0; n < groups[g].count; n += NR) {
       const int64_t step = groups[g].step;
-      pack(w, {groups[g].first + n * step, step, std::min<int64_t>(NR, groups[g].count - n)}, space.panels + panels * size);
+      pack(w[g], {groups[g].first + n * step, step, std::min<int64_t>(NR, groups[g].count - n)}, space.panels + panels * size);
       place[panels++] = space.tile + g * GROUP + n;
     }
   const int64_t tiles = (count + MR - 1) / MR;
@@ -33,7 +33,7 @@ inline void multiply(
     const int m = (count - first + tiles - t - 1) / (tiles - t);
     for (int i = 0; i < panels; ++i)
       with_height<MR>(m, [&](auto height) {
-        panel_tile<height()>(rows + first, space.panels + i * size, depth(w.k), place[i]);
+        panel_tile<height()>(rows + first, space.panels + i * size, depth(w->k), place[i]);
       });
     done(first, m);
     first += m;

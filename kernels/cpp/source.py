@@ -3,8 +3,9 @@
 One text serves every shape; it differs by the weights' dtype, how they are stored, and the activation.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,17 @@ VECTOR: Mapping[str, Callable[..., Any]] = {
 }
 
 
-def moe_source(dtype: torch.dtype, layout: GateUpLayout, transposed: bool, activation: str, bf16_dot: bool) -> str:
+def moe_source(
+    dtype: torch.dtype,
+    layout: GateUpLayout,
+    transposed: bool,
+    activation: str,
+    bf16_dot: bool,
+    tensors: Sequence[int] | None = None,
+) -> str:
     """The source of the kernel in moe.h for weights of `dtype`; bf16_dot: use the CPU's dot product of bfloat16.
+
+    tensors: how many hold w1, w2, b1 and b2, where an expert has tensors of its own; None: one holds all experts'.
 
     NotImplementedError where the activation has no spelling in C++; ValueError where it is no activation.
     """
@@ -49,6 +59,8 @@ def moe_source(dtype: torch.dtype, layout: GateUpLayout, transposed: bool, activ
         "BRAZE_LAYOUT_INTERLEAVED": layout == "interleaved",
         "BRAZE_LAYOUT_NONE": layout == "none",
         "BRAZE_BF16_DOT": bf16_dot,
+        "BRAZE_SEPARATE": tensors is not None,
+        "BRAZE_APART": tensors is not None and tensors[0] > tensors[1],
         "BRAZE_ROWS_IN_PLACE": _rows_in_place(dtype, transposed),
     }
     return "\n".join(
@@ -65,8 +77,35 @@ def moe_source(dtype: torch.dtype, layout: GateUpLayout, transposed: bool, activ
             _header("activation.h"),
             f"inline V activation(V g, V u) {{ return {expression}; }}",
             _header("moe.h"),
+            _entry(tensors or (1, 1, 1, 1)),
         )
     )
+
+
+#: What follows the pointers, as in `run` of moe.h.
+NUMBERS = (
+    "out_dtype", "ids_wide", "router_dtype", "b1_dtype", "b2_dtype", "tokens", "hidden", "inner", "experts", "top_k",
+    "x_stride", "ids_stride0", "ids_stride1", "router_stride0", "router_stride1", "w1_expert", "w1_stride", "w2_expert",
+    "w2_stride", "b1_stride0", "b1_stride1", "b2_stride0", "b2_stride1", "weight_on_input",
+)  # fmt: skip
+
+
+def argument_types(tensors: Sequence[int] = (1, 1, 1, 1)) -> tuple[str, ...]:
+    """The types of `kernel`'s arguments: the result, x, ids, router weights, `tensors` pointers, numbers, the scale."""
+    return ("void*", *("const void*",) * (3 + sum(tensors)), *("int64_t",) * len(NUMBERS), "float")
+
+
+def _entry(tensors: Sequence[int]) -> str:
+    """The function `kernel`, which lists the pointers of each kind of tensor for `run`."""
+    names = [[f"{kind}_{i}" for i in range(n)] for kind, n in zip(("w1", "w2", "b1", "b2"), tensors, strict=True)]
+    parameters = ["void* out", *(f"const void* {name}" for name in ("x", "ids", "router", *chain(*names)))]
+    parameters += [*(f"int64_t {name}" for name in NUMBERS), "float scale"]
+    lists = "".join(
+        f"  const void* const {kind}[] = {{{', '.join(each) or 'nullptr'}}};\n"
+        for kind, each in zip(("w1", "w2", "b1", "b2"), names, strict=True)
+    )
+    call = ", ".join(("out", "x", "ids", "router", "w1", "w2", "b1", "b2", *NUMBERS, "scale"))
+    return f'extern "C" void kernel({", ".join(parameters)}) {{\n{lists}  {_NAMESPACE}::run({call});\n}}\n'
 
 
 def renamed(source: str, name: str) -> str:
