@@ -14,7 +14,7 @@ from torch import fx
 
 from braze.passes import rows, separate
 from braze.passes.dense import chooses, over_masks, sparse_scores
-from braze.passes.elements import Elements, Expr, subexpressions, trail
+from braze.passes.elements import Elements, Expr, Position, subexpressions, trail
 from braze.passes.products import NoExperts
 from braze.passes.separate import called
 from braze.passes.sites import MoeSite
@@ -28,7 +28,7 @@ _LAYOUT = (
 
 @dataclass(frozen=True)
 class Chosen:
-    """ids and weights [tokens, slots], new nodes; sources: the integers [tokens, slots], or [tokens] each, that ids are of."""
+    """ids and weights [tokens, slots], new nodes; sources: the integers [.., slots], or [..] each, that ids are of."""
 
     ids: fx.Node
     weights: fx.Node
@@ -53,7 +53,7 @@ def chosen_by(
             "the weights of all experts are no top-k: none is chosen by comparing ids with the experts' numbers"
         )
     with before.graph.inserting_before(before):
-        raw = _side_by_side(sources) if sources[0].meta["val"].ndim == 1 else sources[0]
+        raw = _as_ids(sources, len(picks))
         other = 3 - dim
         sizes: list[Any] = [-1, -1, -1]
         size = mask.meta["val"].shape[other]
@@ -62,7 +62,7 @@ def chosen_by(
         index = called(aten.expand.default, index, sizes)
         weights = called(aten.sum.dim_IntList, called(aten.gather.default, mask, dim, index), [other])
         counts = called(aten.ne.Scalar, weights, 0)
-        if len(picks) > 1 and not is_top_k(raw):
+        if len(picks) > 1 and not is_top_k(sources[0]):
             counts = called(aten.logical_and.default, counts, _first_of_its_kind(raw))
         ids = called(aten.where.self, counts, raw, _none(raw))
     return Chosen(ids, weights, sources)
@@ -120,18 +120,37 @@ def _picks(weight: Callable[[int], rows.Source], experts: int, tokens: int, ev: 
 
 def _in_last_row(load: Expr, tokens: int, ev: Elements) -> bool:
     """Whether an element is one of the last token's: other tokens' ids count the places that are taken."""
-    return any(ev.shape(n)[0] == tokens and idx[0] == tokens - 1 for n, idx in trail(load.args[0], load.args[1], ev))
+    for node, idx in trail(load.args[0], load.args[1], ev):
+        shape = ev.shape(node)
+        for lead in range(1, len(shape) + 1):
+            if rows.count(shape[:lead]) == tokens and idx[:lead] == tuple(s - 1 for s in shape[:lead]):
+                return True
+    return False
 
 
 def _sources(picks: Sequence[Expr], tokens: int, ev: Elements) -> tuple[fx.Node, ...]:
-    """The integers [tokens, slots], or for each slot [tokens], that have these elements in their last row."""
+    """The integers [.., slots], or for each slot [..], that have these elements in their last row."""
     paths = [dict(trail(p.args[0], p.args[1], ev)) for p in picks]
-    slots = {(tokens - 1, j) for j in range(len(picks))}
     for node in paths[0] if paths else ():
-        if ev.shape(node) == (tokens, len(picks)) and {p.get(node) for p in paths} == slots:
+        shape = ev.shape(node)
+        last = tuple(s - 1 for s in shape[:-1])
+        slots = {(*last, j) for j in range(len(picks))}
+        if shape[-1:] == (len(picks),) and rows.count(shape[:-1]) == tokens and {p.get(node) for p in paths} == slots:
             return (node,)
-    flat = [next((n for n, idx in p.items() if ev.shape(n) == (tokens,) and idx == (tokens - 1,)), None) for p in paths]
+    flat = [next((n for n, idx in p.items() if _holds_last(n, idx, tokens, ev)), None) for p in paths]
     return tuple(n for n in flat if n is not None) if None not in flat else ()
+
+
+def _holds_last(node: fx.Node, idx: Position, tokens: int, ev: Elements) -> bool:
+    shape = ev.shape(node)
+    return rows.count(shape) == tokens and idx == tuple(s - 1 for s in shape)
+
+
+def _as_ids(sources: Sequence[fx.Node], slots: int) -> fx.Node:
+    """[tokens, slots] of `_sources`."""
+    if len(sources) == 1:
+        return sources[0] if sources[0].meta["val"].ndim == 2 else separate.reshaped(sources[0], [-1, slots])
+    return _side_by_side([n if n.meta["val"].ndim == 1 else separate.reshaped(n, [-1]) for n in sources])
 
 
 def is_top_k(node: fx.Node) -> bool:

@@ -35,13 +35,15 @@ def instances(site: MoeSite, sizes: Sizes) -> Iterator[dict[fx.Node, Tensor]]:
         values = {site.ids: ids, site.values: torch.randn(tokens, slots, generator=rng, dtype=torch.float64)}
         yield _seen_from_views(site, sizes, {**weights, **values, site.x: _rows(site, weights, tokens, rng)})
         return
-    few = _few(site, tokens, sizes.of(site.capacity))
+    few = _few(site, tokens, sizes)
     for lean in (0.0, 1.0, 10.0):  # from an even choice to one that is the same for all
         liking = torch.rand((few, experts), generator=rng) - lean * torch.arange(experts) / experts
         ids = liking.argsort(1, descending=True)[:, :slots]
         values = {n: _free(n, _shape(n, sizes, tokens, few), rng) for n in site.given}
         yield _seen_from_views(
-            site, sizes, {**weights, **values, **_chosen(site, ids), site.x: _rows(site, weights, few, rng)}
+            site,
+            sizes,
+            {**weights, **values, **_chosen(site, ids, tokens, sizes), site.x: _rows(site, weights, few, rng)},
         )
 
 
@@ -82,10 +84,12 @@ def _seen_from_views(site: MoeSite, sizes: Sizes, values: dict[fx.Node, Tensor])
     return values
 
 
-def _few(site: MoeSite, tokens: int, capacity: int) -> int:
+def _few(site: MoeSite, tokens: int, sizes: Sizes) -> int:
     """A number of tokens of which some do not fit into an expert's places; all of them where they have several dimensions."""
-    few = tokens if separate.viewed(site) or not capacity else min(tokens, 2 * capacity + 3)
-    experts = site.w1.meta["val"].shape[0]
+    capacity = sizes.of(site.capacity)
+    whole = not capacity or bool(separate.viewed(site)) or any(sizes.shape(n)[0] != tokens for n in site.chosen)
+    few = tokens if whole else min(tokens, 2 * capacity + 3)
+    experts = sizes.shape(site.w1)[0]
     if few * experts * capacity > MAX_MASK:
         raise CannotShrink(f"masks of {few} tokens, {experts} experts and {capacity} places are too large to be run")
     return few
@@ -100,7 +104,9 @@ def _free(node: fx.Node, shape: tuple[int, ...], rng: torch.Generator) -> Tensor
     return value.abs() if nonnegative(node) else value
 
 
-def _chosen(site: MoeSite, ids: Tensor) -> dict[fx.Node, Tensor]:
-    if len(site.chosen) == 1 and site.chosen[0].meta["val"].ndim == 2:
-        return {site.chosen[0]: ids.to(site.chosen[0].meta["val"].dtype)}
-    return {n: ids[:, j].to(n.meta["val"].dtype) for j, n in enumerate(site.chosen)}
+def _chosen(site: MoeSite, ids: Tensor, tokens: int, sizes: Sizes) -> dict[fx.Node, Tensor]:
+    columns = [ids] if len(site.chosen) == 1 else ids.unbind(1)
+    return {
+        n: column.reshape(_shape(n, sizes, tokens, ids.shape[0])).to(n.meta["val"].dtype)
+        for n, column in zip(site.chosen, columns, strict=True)
+    }

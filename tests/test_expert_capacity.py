@@ -12,7 +12,8 @@ from torch.nn.functional import one_hot, silu
 
 from tests.harness import Fused, assert_close
 
-T, H, INNER, E, C = 13, 24, 20, 4, 3
+T, H, INNER, E, C = 22, 24, 20, 4, 3
+GROUPS = 2
 Layer = Callable[..., Tensor]
 
 
@@ -93,6 +94,18 @@ def a_place_for_everyone(x, router, w1, w2, b1, b2):  # type: ignore[no-untyped-
     return einsum("tec,te,ech->th", dispatch, scores, y)
 
 
+def groups_of_tokens(x, router, w1, w2, b1, b2):  # type: ignore[no-untyped-def]
+    """Tokens in groups, each with its own places."""
+    x = x.view(GROUPS, -1, H)
+    gate, ids = (x @ router).softmax(-1).max(-1)
+    mask = one_hot(ids, E)
+    place = ((mask.cumsum(1) - 1) * mask).sum(-1)
+    dispatch = (mask[..., None] * (place[..., None] == torch.arange(C))[:, :, None]).to(x.dtype)
+    z = einsum("gsec,gsm->egcm", dispatch, x)
+    y = einsum("egci,eih->egch", glu(einsum("egch,ehi->egci", z, w1)), w2)
+    return einsum("gsec,egch->gsh", dispatch * gate[..., None, None], y).reshape(-1, H)
+
+
 Row = tuple[int, int, float, bool]
 
 
@@ -100,6 +113,12 @@ def first_choices(gates: Tensor, capacity: int = C) -> list[Row]:
     """(token, expert, weight, kept) in order."""
     best = gates.max(-1)
     return kept(((t, e, w) for t, (w, e) in enumerate(zip(*map(Tensor.tolist, best), strict=True))), capacity)
+
+
+def in_groups(gates: Tensor) -> list[Row]:
+    size = len(gates) // GROUPS
+    parts = [first_choices(gates[i * size : (i + 1) * size]) for i in range(GROUPS)]
+    return [(t + i * size, *rest) for i, part in enumerate(parts) for t, *rest in part]  # type: ignore[misc]
 
 
 def kept(rows: Iterable[tuple[int, int, float]], capacity: int) -> list[Row]:
@@ -131,6 +150,7 @@ LAYERS: dict[Layer, Callable[[Tensor], list[Row]]] = {
     switch_with_biases: first_choices,
     gshard: two_choices,
     top_two_in_turn: in_turn,
+    groups_of_tokens: in_groups,
     a_place_for_everyone: lambda gates: in_turn(gates, len(gates)),
 }
 
@@ -197,7 +217,7 @@ def test_compiled(layer: Layer) -> None:
 def test_token_counts_that_change() -> None:
     for layer in (switch, a_place_for_everyone):
         fused = Fused(layer)
-        for tokens in (13, 17, 11):
+        for tokens in (22, 17, 11):
             args = inputs(tokens)
             assert_close(fused(*args), exact(layer, args)[0], 1e-5)
         assert fused.count("moe") == [1, 1], fused.reasons
