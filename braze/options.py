@@ -15,7 +15,7 @@ from braze.passes.sites import KINDS, Kind
 
 KERNELS: dict[Kind, tuple[str, ...]] = {
     "rope": ("auto", "pointwise", "triton"),
-    "moe": ("auto", "cpp", "triton", "aten", "separate"),
+    "moe": ("auto", "cpp", "triton", "aten"),
     "router": ("auto", "cpp", "triton", "aten"),
 }
 
@@ -29,8 +29,7 @@ DOCUMENTED: dict[str, tuple[str, str, str]] = {
     "kernel": (
         "dict of kind to kernel", "{}",
         "Asks for a kernel instead of the best one, where it can run: "
-        '{"rope": "auto" | "pointwise" | "triton", "moe": "auto" | "cpp" | "triton" | "aten" '
-        '| "separate" (one expert after the other, for weights that are separate tensors), '
+        '{"rope": "auto" | "pointwise" | "triton", "moe": "auto" | "cpp" | "triton" | "aten", '
         '"router": "auto" | "cpp" | "triton" | "aten"}.',
     ),
 }  # fmt: skip

@@ -16,11 +16,6 @@ def test_own_and_inductors_options_are_told_apart() -> None:
     assert parsed.inductor == {"max_autotune": True}
 
 
-def test_every_kernel_that_is_reported_can_be_asked_for() -> None:
-    """What `explain` names is what the option takes."""
-    assert Options.parse({"kernel": {"moe": "separate"}}).kernel == {"moe": "separate"}
-
-
 def test_mode_becomes_inductors_settings() -> None:
     assert Options.parse(None, "reduce-overhead").inductor["triton.cudagraphs"] is True
 
