@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test lint types unit docs support clean
+.PHONY: demo test lint types unit docs performance support clean
 
 demo: $(VENV)/.dev
 	$(BIN)/python examples/generate.py
@@ -28,6 +28,11 @@ unit: $(VENV)/.dev
 # Tables that a command makes.
 docs: $(VENV)/.dev
 	$(BIN)/python -m braze.cli options > docs/options.md
+
+# From what benchmarks/*.py --json benchmarks/results/NAME.json measured.
+performance: $(VENV)/.dev
+	mkdir -p build
+	$(BIN)/python benchmarks/report.py > build/performance.md && mv build/performance.md docs/performance.md
 
 # Takes most of an hour; what was measured is kept in build/support, so that it can go on where it was stopped.
 support: $(VENV)/.dev

@@ -3,8 +3,9 @@
 Stock is, in each cell, the fastest of transformers' experts implementations (grouped_mm, batched_mm, the eager loop), each
 compiled by stock torch.compile; all forms share one set of weights and are called in turn, so that what else the machine
 does meets all alike. Each call has other tokens, hence another routing. Medians over the calls for which no thread had to
-wait for a core (Linux counts that), where there are some. Beside braze's GFLOP/s and GB/s (the experts' products; the
-used experts' weights, once) stand the machine's own: a dense product, and reading as many bytes.
+wait for a core (Linux counts that); on a busy machine over those that waited least, and the cell says so. Beside braze's
+GFLOP/s and GB/s (the experts' products; the used experts' weights, once) stand the machine's own: a dense product, and
+reading as many bytes.
 
     python benchmarks/cpu.py [--quick] [--json FILE] [--shapes NAME,...] [--tokens N,...] [--growth FOLDER]
 """
@@ -29,6 +30,8 @@ from torch import Tensor, nn
 
 Run = Callable[[Tensor], Any]
 STOCK = ("grouped_mm", "batched_mm", "eager")
+CALM = 7  # undisturbed calls of each form that a cell is measured for
+PATIENCE = 4  # times a cell's seconds after which it is left with fewer
 GATHERED = 2 << 30  # bytes of gathered weights above which batched_mm is not tried: it never wins there
 HOPELESS = 3.0  # a stock form this many times slower than the best of them is dropped after two calls
 
@@ -75,7 +78,8 @@ SHAPES = {
 class Cell:
     """One layer with one number of tokens. median: braze's milliseconds; ratio: the best stock form's over it.
 
-    gflops, gbytes: per second, of braze; of_gemm, of_read: as parts of the machine's own.
+    gflops, gbytes: per second, of braze; of_gemm, of_read: as parts of the machine's own. calm: undisturbed calls of the
+    form that had fewest; fewer than CALM: the cell's numbers are not to be relied on.
     """
 
     shape: str
@@ -90,6 +94,7 @@ class Cell:
     of_gemm: float
     gbytes: float
     of_read: float
+    calm: int
 
 
 @dataclass(frozen=True)
@@ -166,11 +171,14 @@ def clock(run: Callable[..., object], *args: Tensor) -> Timing:
 
 
 def undisturbed(timings: Sequence[Timing]) -> list[float]:
-    """Seconds of the calls that waited for less than 2 % of their time; of the fifth that waited least if those are fewer."""
+    """Seconds of the calls that waited for less than 2 % of their time; of the CALM that waited least if those are fewer."""
     by_wait = sorted(timings, key=lambda t: t.waited / t.seconds)
-    calm = [t.seconds for t in by_wait if t.waited < 0.02 * t.seconds]
-    least = max(len(timings) // 5, 3)
-    return calm if len(calm) >= least else [t.seconds for t in by_wait[:least]]
+    return [t.seconds for t in by_wait[: max(calm(timings), CALM)]]
+
+
+def calm(timings: Sequence[Timing]) -> int:
+    """How many calls waited for less than 2 % of their time."""
+    return sum(t.waited < 0.02 * t.seconds for t in timings)
 
 
 def check(calls: Mapping[str, Run], exact: Run, inputs: Sequence[Tensor]) -> None:
@@ -185,18 +193,25 @@ def check(calls: Mapping[str, Run], exact: Run, inputs: Sequence[Tensor]) -> Non
             raise RuntimeError(f"{name} is off by {error:.3g}")
 
 
-def medians(calls: Mapping[str, Run], inputs: Sequence[Tensor], seconds: float) -> dict[str, float]:
-    """Median seconds of each form that is not hopeless, called in turn for about `seconds` but at least seven times."""
+def medians(calls: Mapping[str, Run], inputs: Sequence[Tensor], seconds: float) -> tuple[dict[str, float], int]:
+    """Median seconds of each form that is not hopeless, and the least number of undisturbed calls.
+
+    Called in turn for `seconds`, and on until each form had CALM undisturbed calls, but not for PATIENCE times as long.
+    """
     first = {name: min(clock(call, x).seconds for x in inputs[:2]) for name, call in calls.items()}
     best = min(t for name, t in first.items() if name != "braze")
     kept = {name: call for name, call in calls.items() if name == "braze" or first[name] <= HOPELESS * best}
     times: dict[str, list[Timing]] = {name: [] for name in kept}
     begin = time.perf_counter()
-    while time.perf_counter() - begin < seconds or len(times["braze"]) < 7:
+    while (
+        (spent := time.perf_counter() - begin) < seconds
+        or len(times["braze"]) < CALM
+        or (spent < PATIENCE * seconds and min(map(calm, times.values())) < CALM)
+    ):
         for place, (name, call) in enumerate(kept.items()):  # others' inputs: none finds the weights it needs just read
             x = inputs[(len(times[name]) + place * (len(inputs) // len(kept))) % len(inputs)]
             times[name].append(clock(call, x))
-    return {name: statistics.median(undisturbed(t)) for name, t in times.items()}
+    return {name: statistics.median(undisturbed(t)) for name, t in times.items()}, min(map(calm, times.values()))
 
 
 def used_experts(layer: nn.Module, x: Tensor) -> int:
@@ -230,7 +245,7 @@ def measure(
         inputs = [torch.randn(1, tokens, shape.hidden).to(dtype) for _ in range(8)]
         calls = providers(layers, shape, tokens, dtype)
         check(calls, exact, inputs[: 8 if tokens < 64 else 1])
-        found = medians(calls, inputs, seconds)
+        found, calls_undisturbed = medians(calls, inputs, seconds)
         peer = min((n for n in found if n != "braze"), key=found.__getitem__)
         used = statistics.mean(used_experts(layers["eager"], x) for x in inputs)
         median = found["braze"]
@@ -241,6 +256,7 @@ def measure(
                 name, str(dtype).removeprefix("torch."), tokens, shape.experts, "braze", round(median * 1e3, 4),
                 round(found[peer] / median, 3), peer, round(flops / 1e9, 1), round(flops / machine.flops, 3),
                 round(read / 1e9, 2), round(read / machine.read, 3),
+                calls_undisturbed,
             )
         )  # fmt: skip
     return cells, machine
@@ -277,6 +293,13 @@ def summary(cells: Sequence[Cell]) -> str:
     return "\n".join(parts)
 
 
+def write_csv(path: Path, cells: Sequence[Cell]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(asdict(cells[0])))
+        writer.writeheader()
+        writer.writerows(map(asdict, cells))
+
+
 def growth(folder: Path, seconds: float, console: Console) -> None:
     """Time over tokens (1 to 4096) and over experts (8 to 256): growth.csv, and growth.png where matplotlib is."""
     base = Shape("qwen3_moe", "Qwen3MoeSparseMoeBlock", "Qwen3MoeConfig", 512, 32, 256, 8, {"norm_topk_prob": True})
@@ -288,10 +311,7 @@ def growth(folder: Path, seconds: float, console: Console) -> None:
     cells = by_tokens + by_experts
     console.print(table(cells, "growth: hidden 512, inner 256, top-8"))
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "growth.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(cells[0])))
-        writer.writeheader()
-        writer.writerows(map(asdict, cells))
+    write_csv(folder / "growth.csv", cells)
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -311,7 +331,7 @@ def growth(folder: Path, seconds: float, console: Console) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one layer, two numbers of tokens, short rounds")
-    parser.add_argument("--json", type=Path, help="write the cells to this file")
+    parser.add_argument("--json", type=Path, help="write the cells to this file, and beside it as .csv")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="of " + ", ".join(SHAPES))
     parser.add_argument("--tokens", default="1,8,128,512")
     parser.add_argument("--dtypes", default="bfloat16,float32")
@@ -338,6 +358,7 @@ def main() -> None:
                 console.print(table(some, title))
                 if args.json:
                     args.json.write_text(json.dumps([asdict(c) for c in cells], indent=1) + "\n")
+                    write_csv(args.json.with_suffix(".csv"), cells)
     console.print(summary(cells))
 
 

@@ -55,3 +55,10 @@ def test_generated_docs_are_current() -> None:
         [sys.executable, "-m", "braze.cli", "options"], capture_output=True, text=True, check=True, cwd="/"
     )
     assert (ROOT / "docs" / "options.md").read_text() == run.stdout
+
+
+def test_the_performance_page_is_current() -> None:
+    run = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "report.py"], capture_output=True, text=True, check=True, cwd="/"
+    )
+    assert (ROOT / "docs" / "performance.md").read_text() == run.stdout
