@@ -14,6 +14,7 @@ from typing import Any
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DIRECT_ROWS = 16  # T*k up to which programs find their rows from the ids alone
+XPU = ("pvc", "bmg", "xpu", "generic")  # tiles whose machine code has no spill on PVC and Battlemage
 LARGE = ("h100", "h200", "b200")  # 227 KiB of shared memory, tile copies in hardware
 
 
@@ -106,6 +107,9 @@ def model(p: Problem) -> Config:
     rows = p.tokens * p.top_k
     each = rows / max(1, min(p.experts, rows))
     direct = rows <= DIRECT_ROWS
+    if p.element == 2 and p.device in XPU:
+        tile = Tile(128, 32, 32, 2) if each > 14 else Tile(128, 64, 8, 2)
+        return Config(64 if each > 14 else 16, direct, tile, tile)
     if p.element == 4 or p.device not in LARGE:
         tile = Tile(64, 32, 4, 2) if p.element == 4 else Tile(128, 32, 8, 2) if each > 14 else Tile(64, 64, 4, 2)
         return Config(64 if each > 14 else 16, direct, tile, tile)

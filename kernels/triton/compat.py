@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 HAVE_HOST_DESCRIPTORS = HAVE_TRITON and importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+BLOCK_ALIGNMENT = 64  # bytes
 DESCRIPTOR_ALIGNMENT = 16  # bytes, of the base and of every stride but the last
 
 
@@ -55,6 +56,32 @@ def takes_descriptor(x: Tensor) -> bool:
         and aligned
         and _address(x) % DESCRIPTOR_ALIGNMENT == 0
     )
+
+
+def takes_block(x: Tensor, offset: int = 0) -> bool:
+    """Whether an XPU can load blocks of x's last two dimensions, of stride 1 at the end: 16 bits, the base (and what lies
+    `offset` elements behind it) aligned to 64 bytes, the pitch to 16, rows of at least 64 bytes (docs/xpu.md)."""
+    size, pitch = x.element_size(), x.stride(-2) * x.element_size()
+    bases = (_address(x), *(s * size for s in x.stride()[:-2]), offset * size)
+    return (
+        platform(x.device) == "xpu"
+        and _have_block_pointers()
+        and size == 2
+        and x.stride(-1) == 1
+        and all(base % BLOCK_ALIGNMENT == 0 for base in bases)
+        and pitch % 16 == 0
+        and pitch >= x.shape[-1] * size >= 64
+        and x.shape[-1] * size % 4 == 0
+        and x.shape[-2] > 1
+    )
+
+
+@lru_cache(maxsize=1)
+def _have_block_pointers() -> bool:
+    """Triton up to 3.8 has them."""
+    import triton.language as tl
+
+    return hasattr(tl, "make_block_ptr")
 
 
 def _address(x: Tensor) -> int:

@@ -53,6 +53,18 @@ def _prefetch(
 
 
 @triton.jit
+def _block(
+    w, inner, columns, w_column, w_inner, k, n, BK: tl.constexpr, N: tl.constexpr, W_ROWS: tl.constexpr
+):  # fmt: skip
+    """A pointer to the block [BK, N] at (k, n) of one expert's weight [inner, columns]; its stride 1 must be seen here."""
+    if W_ROWS:
+        found = tl.make_block_ptr(w, (inner, columns), (1, w_column), (k, n), (BK, N), (0, 1))
+    else:
+        found = tl.make_block_ptr(w, (inner, columns), (w_inner, 1), (k, n), (BK, N), (1, 0))
+    return found
+
+
+@triton.jit
 def moe_gemm(
     a, w, bias, weight, out, ids, order, tiles, a_desc, w_desc,
     rows, columns, inner, experts, limit, span, scale,
@@ -61,17 +73,19 @@ def moe_gemm(
     SPLIT: tl.constexpr, SLOTS: tl.constexpr, LAYOUT: tl.constexpr,
     FIRST: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     A_DESC: tl.constexpr, W_DESC: tl.constexpr, W_ROWS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
-    FLATTEN: tl.constexpr,
+    FLATTEN: tl.constexpr, A_BLOCK: tl.constexpr, W_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """FIRST: a is x, read at row // TOP_K; otherwise a is the first product's result, in this call's order of rows.
 
     columns: of `out`; LAYOUT: of gate and up among w's columns, "none" where there is no gate; SLOTS: 0 for tiles from the
     list, otherwise a power of two >= rows. The inner dimension is cut in SPLIT stretches of `span`, each with a result of
-    its own. W_ROWS: w's inner dimension is contiguous. OVERLAP: the launches of a call may overlap. FLATTEN: the loop
-    over tiles and that over the inner dimension become one, so that a tile's first loads are made during the one before.
+    its own. W_ROWS: w's inner dimension is contiguous. OVERLAP: the launches of a call may overlap. A_BLOCK, W_BLOCK: read in
+    blocks as an XPU loads them. FLATTEN: the loop over tiles and that over the inner dimension become one, so that a tile's
+    first loads are made during the one before.
     """
     GATED: tl.constexpr = LAYOUT != "none"
     PAIR: tl.constexpr = (W_DESC and LAYOUT == "halves") and not W_ROWS  # gate and up in two boxes of a descriptor
+    TWICE: tl.constexpr = W_BLOCK and LAYOUT == "halves"  # gate and up in two loops: two products in one loop spill
     COLS: tl.constexpr = BN // 2 if GATED else BN
     blocks = tl.cdiv(columns, COLS) * SPLIT
     if OVERLAP:
@@ -124,13 +138,23 @@ def moe_gemm(
         a_pointer = a + a_index.to(tl.int64)[:, None] * a_row + (k0 + k)[None, :]
         w_pointer = w + e * w_expert + column.to(tl.int64)[None, :] * w_column
         w_pointer += (k0 + k).to(tl.int64)[:, None] * w_inner
-        acc = tl.zeros((BM, COLS if PAIR else BN), tl.float32)
-        acc_up = tl.zeros((BM, COLS if PAIR else 16), tl.float32)
+        acc = tl.zeros((BM, COLS if PAIR or TWICE else BN), tl.float32)
+        acc_up = tl.zeros((BM, COLS if PAIR or TWICE else 16), tl.float32)
         e32 = e.to(tl.int32)
+        wide: tl.constexpr = COLS if TWICE else BN
+        if W_BLOCK:
+            w_first = w + e * w_expert
+            total = 2 * columns if GATED and not TWICE else columns
+            w_block = _block(w_first, inner, total, w_column, w_inner, k0, column_start(n0, LAYOUT), BK, wide, W_ROWS)
+        if A_BLOCK:
+            a_block = tl.make_block_ptr(a, (rows, inner), (a_row, 1), (start, k0), (BM, BK), (1, 0))
         for step in range(steps):
             kk = k0 + step * BK
             if A_DESC:
                 x_tile = a_desc.load([start, kk])
+            elif A_BLOCK:
+                x_tile = tl.load(a_block, boundary_check=(0, 1), padding_option="zero")
+                a_block = tl.advance(a_block, (0, BK))
             else:
                 a_mask = inside[:, None] if EVEN_K else inside[:, None] & (kk + k < inner)[None, :]
                 x_tile = tl.load(a_pointer, mask=a_mask, other=0.0)
@@ -140,6 +164,9 @@ def moe_gemm(
                     w_tile = w_desc.load([e32, 0, n0, kk]).reshape(BN, BK).T
                 else:
                     w_tile = w_desc.load([e32, column_start(n0, LAYOUT), kk]).reshape(BN, BK).T
+            elif W_BLOCK:
+                w_tile = tl.load(w_block, boundary_check=(0, 1), padding_option="zero")
+                w_block = tl.advance(w_block, (BK, 0))
             elif W_DESC:
                 w_tile = w_desc.load([e32, kk, column_start(n0, LAYOUT)]).reshape(BK, COLS if PAIR else BN)
             else:
@@ -154,6 +181,17 @@ def moe_gemm(
             if PAIR:
                 up_tile = w_desc.load([e32, kk, columns + n0]).reshape(BK, COLS)
                 acc_up = tl.dot(x_tile, up_tile, acc_up, input_precision=PRECISION)
+        if TWICE:
+            a_pointer = a + a_index.to(tl.int64)[:, None] * a_row + (k0 + k)[None, :]
+            w_first += columns.to(tl.int64) * w_column
+            w_block = _block(w_first, inner, columns, w_column, w_inner, k0, n0, BK, COLS, W_ROWS)
+            for step in range(steps):
+                a_mask = inside[:, None] if EVEN_K else inside[:, None] & (k0 + step * BK + k < inner)[None, :]
+                x_tile = tl.load(a_pointer, mask=a_mask, other=0.0)
+                a_pointer += BK
+                up_tile = tl.load(w_block, boundary_check=(0, 1), padding_option="zero")
+                w_block = tl.advance(w_block, (BK, 0))
+                acc_up = tl.dot(x_tile, up_tile, acc_up, input_precision=PRECISION)
 
         n = n0 + tl.arange(0, COLS)
         if WEIGHT:
@@ -161,10 +199,10 @@ def moe_gemm(
         if FIRST and WEIGHT:
             acc = acc * factor
             acc_up = acc_up * factor
-        if BIAS and not PAIR:
+        if BIAS and not (PAIR or TWICE):
             b = tl.load(bias + e * bias_expert + column, mask=column_fits, other=0.0).to(tl.float32)
             acc += tl.where(k0 == 0, b, 0.0)[None, :]
-        if PAIR:
+        if PAIR or TWICE:
             g, u = acc, acc_up
             if BIAS:
                 g += tl.load(bias + e * bias_expert + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]

@@ -193,6 +193,8 @@ def _product(
     stored, box = _stored(p, cols, w_rows)
     w_desc = tile.descriptors and compat.takes_descriptor(stored)
     a_desc = tile.descriptors and not p.first and not found.direct and compat.takes_descriptor(p.a)
+    second_half = columns * p.w.stride(1) if p.layout == "halves" else 0
+    w_block = compat.takes_block(p.w if w_rows else p.w.transpose(1, 2), second_half)
     grid = min(units, tile.programs * compat.processors(p.a.device)) if tile.programs else units
     arguments = (
         p.a, p.w, p.bias if p.bias is not None else p.w, weights, p.out, found.ids, found.order, found.tiles,
@@ -222,6 +224,8 @@ def _product(
         "PRECISION": compat.dot_precision(p.a),
         "OVERLAP": overlap,
         "FLATTEN": tile.programs > 0,
+        "A_BLOCK": not p.first and not found.direct and compat.takes_block(p.a),
+        "W_BLOCK": w_block,
     }
     kernel = activation.bind(moe_gemm, spec.activation) if p.first else moe_gemm
     overlap = overlap and not (p.first and found.direct)
