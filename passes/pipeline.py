@@ -52,9 +52,11 @@ def run(graph: fx.Graph, disable: Collection[Kind] = (), strict: bool = False) -
             continue
         sites, misses = _guarded(partial(find, graph, Sizes()), kind, ((), []), strict, result)
         result.near_misses += misses
-        for site in sites:
+        done = len(result.calls)
+        for site in reversed(sites):  # the last one first: an earlier one's root may be what it takes
             fuse = partial(_fuse, site, kind, prove, result)
             _guarded(fuse, f"{kind} at {site.root.name}", None, strict, result)
+        result.calls[done:] = reversed(result.calls[done:])
         clean(graph)  # what fused sites leave behind would look like other uses to the next kind
     _guarded(partial(_join_norms, result, prove), "norms before rotations", None, strict, result)
     clean(graph)

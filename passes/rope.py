@@ -17,7 +17,7 @@ from braze.kernels.spec import PairLayout, RopeSpec
 from braze.passes.elements import Elements, Expr, Position, Sizes, Unknown
 from braze.passes.linear import TooLarge, polynomial
 from braze.passes.sites import NearMiss, RopeSite, source_line
-from braze.passes.tables import NoTable, Table, table
+from braze.passes.tables import NoTable, Table, is_view, table
 from braze.passes.twins import Subgraph, evaluated, subgraph
 
 aten = torch.ops.aten
@@ -26,6 +26,8 @@ _CAST = torch.ops.prims.convert_element_type.default
 #: Nodes searched behind a candidate; the longest spelling known has about 25.
 CONE = 48
 MAX_HEAD = 1024
+#: An element of more terms than this comes close to no rotation: attention's own recurrences have sums like that.
+MAX_TERMS_NEAR = 4
 
 _RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 _LINEAR = {
@@ -113,8 +115,10 @@ def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[RopeSite], list[NearMiss]]
             continue
         if any(_same_work(sites[n], site) for n in inner):
             continue
+        between = _between(root, site.x, cone)
         for n in inner:
-            del sites[n]  # the same rotation with its head or tail: this one says more
+            if n in between and n is not site.x:
+                del sites[n]  # the same rotation with its head or tail: this one says more
         sites[root] = _with_casts(site)
     rotated = set().union(*(_cone(s.root).keys() for s in sites.values())) if sites else set()
     return list(sites.values()), [m for n, m in misses.items() if n not in rotated]
@@ -171,11 +175,18 @@ def _candidates(root: fx.Node, cone: dict[fx.Node, int]) -> Iterator[fx.Node]:
             u.target in (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int) and cone.get(u, 0) > 1
             for u in node.users
         )
-        if edges > 1 or paired or split:
+        summed = any(u.target is aten.mul.Tensor and any(_is_sum(v) for v in u.users) for u in node.users)
+        if edges > 1 or paired or split or summed:
             yield node
-            while node.target in _RESHAPES and node.args[0] in cone:  # pairs are often a dimension of their own
+            while (node.target in _RESHAPES or node.target is aten.clone.default) and node.args[
+                0
+            ] in cone:  # pairs are often a dimension of their own
                 node = node.all_input_nodes[0]
                 yield node
+
+
+def _is_sum(node: fx.Node) -> bool:
+    return node.target is aten.sum.dim_IntList
 
 
 def _match(root: fx.Node, cone: dict[fx.Node, int], sizes: Sizes, known: Known) -> RopeSite:
@@ -248,14 +259,15 @@ def _form_of(root: fx.Node, x: fx.Node, ev: Elements, sizes: Sizes) -> Form:
     layout_in, layout_out = _layouts(first, start, rotary)
     cosines: dict[tuple[Position, int], tuple[float, Expr]] = {}
     sines: dict[tuple[Position, int], tuple[float, Expr]] = {}
+    looked = Elements(sizes, stop=lambda n: not is_view(n) and n.target is not aten.neg.default)
     for p, row in rows.items():
         if any(row.taps[d].keys() != first.taps[d].keys() for d in range(head)):
             raise NoRotation("the pairs differ from one position to another", near=True)
         for d in range(rotary):
             own, other, sign = _own_and_other(d, rotary, layout_in, layout_out)
             tap = row.taps[start + d]
-            cosines[p, d] = _coefficient(tap[start + own], 1.0)
-            sines[p, d] = _coefficient(tap[start + other], sign)
+            cosines[p, d] = _coefficient(tap[start + own], 1.0, looked)
+            sines[p, d] = _coefficient(tap[start + other], sign, looked)
     inverse = _signs(cosines, sines)
     try:
         cos = _table(root, cosines, shape, rotary, layout_out, sizes)
@@ -295,7 +307,8 @@ def _taps(
     expr: Expr, x: fx.Node, p: Position, d: int, memo: dict[Expr, dict[tuple[Expr, ...], float]]
 ) -> dict[int, tuple[float, Expr | None]]:
     taps: dict[int, tuple[float, Expr | None]] = {}
-    for atoms, constant in polynomial(expr, memo).items():
+    terms = polynomial(expr, memo)
+    for atoms, constant in terms.items():
         own = [a for a in atoms if a.op == "load" and a.args[0] is x]
         rest = [a for a in atoms if a not in own]
         if len(own) != 1:
@@ -306,7 +319,7 @@ def _taps(
         if len(rest) > 1:
             raise NoRotation("a coefficient is a product of several tensors", near=len(taps) == 1)
         if idx[-1] in taps:
-            raise NoRotation("a coefficient is a sum of several terms", near=True)
+            raise NoRotation("a coefficient is a sum of several terms", near=len(terms) <= MAX_TERMS_NEAR)
         taps[idx[-1]] = (constant, rest[0] if rest else None)
     if not (len(taps) == 2 or taps == {d: (1.0, None)}):
         raise NoRotation(f"{len(taps)} taps of an element")
@@ -353,10 +366,12 @@ def _own_and_other(d: int, rotary: int, layout_in: PairLayout, layout_out: PairL
     return (a, b, -1.0) if first else (b, a, 1.0)
 
 
-def _coefficient(tap: tuple[float, Expr | None], sign: float) -> tuple[float, Expr]:
+def _coefficient(tap: tuple[float, Expr | None], sign: float, looked: Elements) -> tuple[float, Expr]:
+    """A tap's sign and the element that is its table's; a table of mixed signs (a matrix of 2 x 2) has them taken out."""
     constant, atom = tap
     assert atom is not None
-    return constant * sign, atom
+    inner = looked.at(*atom.args) if atom.op == "load" else atom
+    return (-constant * sign, inner.args[0]) if inner.op == "neg" else (constant * sign, atom)
 
 
 def _signs(

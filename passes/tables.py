@@ -91,9 +91,9 @@ def real_part(node: fx.Node, part: str, make: Callable[[Any, tuple[Any, ...]], f
 
 def table(atoms: Coefficients, shape: tuple[int, ...], rotary: int, layout: PairLayout, sizes: Sizes) -> Table:
     """The table of `atoms`, {(position, output element): atom}, for a rotation of [*shape]; NoTable if there is none."""
-    looked = Elements(sizes, stop=lambda n: not _is_view(n))
+    looked = Elements(sizes, stop=lambda n: not is_view(n))
     base = {key: _through(looked, atom) for key, atom in atoms.items()}
-    for choice in (base, atoms):
+    for choice in (_written_once(base, sizes), atoms):
         found = _fit(choice, shape, rotary, layout, sizes)
         if found is not None:
             return found
@@ -120,12 +120,26 @@ _VIEWS = {
 }
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
+    """Whether a node only moves elements: a table is looked for behind it."""
     return node.target in _VIEWS or getattr(node.target, "__name__", "") == "getitem"
 
 
 def _through(ev: Elements, atom: Expr) -> Expr:
     return ev.at(*atom.args) if atom.op == "load" else atom
+
+
+def _written_once(atoms: Coefficients, sizes: Sizes) -> Coefficients:
+    """`atoms` with elements of one node for those of others that are computed alike: cos(a) may be written twice."""
+    deep = Elements(sizes)
+    first: dict[Expr, Expr] = {}
+    out = {}
+    for key, atom in atoms.items():
+        same = atom
+        if atom.op == "load" and not is_complex(atom.args[0]):
+            same = first.setdefault(deep.at(*atom.args), atom)
+        out[key] = same if same.args[1:] == atom.args[1:] else atom
+    return out
 
 
 def _fit(atoms: Coefficients, shape: tuple[int, ...], rotary: int, layout: PairLayout, sizes: Sizes) -> Table | None:
@@ -156,9 +170,16 @@ def _fit(atoms: Coefficients, shape: tuple[int, ...], rotary: int, layout: PairL
     if width is None:
         return None
     axes, fixed = _axes({p: idx for (p, d), idx in index.items() if d == 0}, sizes.shape(base)[: rank - 1], shape)
-    if axes is None:
+    if axes is None or any(not _at(p, idx, axes, fixed) for (p, _), idx in index.items()):
         return None
     return Table(base, width, flat[0], axes, fixed, part)
+
+
+def _at(p: Position, idx: Position, axes: tuple[int | None, ...], fixed: dict[int, int]) -> bool:
+    """Whether idx, but for its column, is where the view has the element of position p."""
+    return all(idx[b] == k for b, k in fixed.items()) and all(
+        idx[b] == p[d] for d, b in enumerate(axes) if b is not None
+    )
 
 
 def _width(columns: list[int], rotary: int, layout: PairLayout) -> int | None:

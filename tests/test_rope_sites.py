@@ -218,6 +218,130 @@ def test_pairs_shuffled_before_the_rotation_are_turned_once() -> None:
     assert_close(got, pairs_to_halves(x.double(), a.double()), 1e-6)
 
 
+# ----------------------------------------------------------------------------------- where tables and heads are from
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def cosines_twice(x: Tensor, a: Tensor) -> Tensor:
+    """Nothing merges what a model computes twice, unless it is trained."""
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * a.cos() - second * a.sin(), second * a.cos() + first * a.sin()), -1)
+
+
+def yarn(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
+    """Tables from positions, scaled."""
+    a = positions[:, None, :, None].to(inv_freq.dtype) * inv_freq
+    a = torch.cat((a, a), -1)
+    return turned(x, a.cos() * 1.2, a.sin() * 1.2)
+
+
+def mrope(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
+    """Positions [3, B, S]; each axis turns sections of the head in one piece."""
+    a = positions[..., None].to(inv_freq.dtype) * inv_freq
+    a = torch.cat((a, a), -1)
+    cos, sin = (
+        torch.cat([part[n % 3] for n, part in enumerate(t.split([2, 3, 3] * 2, -1))], -1)[:, None]
+        for t in (a.cos(), a.sin())
+    )
+    return turned(x, cos, sin)
+
+
+def mrope_interleaved(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
+    """Each axis turns every third pair."""
+    a = positions[..., None].to(inv_freq.dtype) * inv_freq
+    mixed = a[0].clone()
+    for axis in (1, 2):
+        mixed[..., axis:6:3] = a[axis][..., axis:6:3]
+    mixed = torch.cat((mixed, mixed), -1)[:, None]
+    return turned(x, mixed.cos(), mixed.sin())
+
+
+def cached(x: Tensor, cache: Tensor, positions: Tensor) -> Tensor:
+    """[T, H, D], its tables rows of a cache of cosines and sines side by side."""
+    cos, sin = cache[positions].chunk(2, -1)
+    first, second = x.chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def packed(qkv: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Equal heads side by side in one projection."""
+    q, k, v = qkv.view(B, S, 3, HEADS, D).unbind(2)
+    return halves(q.transpose(1, 2), a), halves(k.transpose(1, 2), a), v
+
+
+def packed_unequal(qkv: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv.split([4 * D, 2 * D, 2 * D], -1)
+    q, k = q.view(B, S, 4, D).transpose(1, 2), k.view(B, S, 2, D).transpose(1, 2)
+    return halves(q, a), interleaved(k, a), v
+
+
+def learned(x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
+    """Coefficients that differ from head to head."""
+    c, s = a.cos().repeat(1, 2) * weight[:, None], a.sin().repeat(1, 2) * weight[:, None]
+    return turned(x, c, s)
+
+
+def into_a_slice(x: Tensor, a: Tensor) -> Tensor:
+    x = x.clone()
+    x[..., 4:12] = interleaved(x[..., 4:12], a[:, :4])
+    return x
+
+
+def in_float64(x: Tensor, a: Tensor) -> Tensor:
+    return halves(x.double(), a.double()).to(x.dtype)
+
+
+def shuffled(x: Tensor, a: Tensor) -> Tensor:
+    """DeepSeek's: neighbours moved into halves with views."""
+    return halves(x.view(B, HEADS, S, D // 2, 2).transpose(4, 3).reshape(B, HEADS, S, D), a)
+
+
+POSITIONS = torch.randint(0, 9, (3, B, S), generator=torch.Generator().manual_seed(3))
+FREQUENCIES = torch.rand(D // 2, generator=torch.Generator().manual_seed(4))
+OTHER = torch.randn(S, D // 2, generator=torch.Generator().manual_seed(5))
+PASSED: dict[str, tuple[Rotation, tuple[Tensor, ...], list[str]]] = {
+    "cosines written twice": (cosines_twice, (query(), angles()), ["half"]),
+    "tables passed in": (turned, (query(), angles().repeat(1, 2).cos(), angles().repeat(1, 2).sin()), ["half"]),
+    "yarn, positions in the graph": (yarn, (query(), POSITIONS[0], FREQUENCIES), ["half"]),
+    "yarn, positions in int32": (yarn, (query(), POSITIONS[0].int(), FREQUENCIES), ["half"]),
+    "mrope": (mrope, (query(), POSITIONS, FREQUENCIES), ["half"]),
+    "mrope interleaved": (mrope_interleaved, (query(), POSITIONS, FREQUENCIES), ["half"]),
+    "rows of a cache": (cached, (query(S, HEADS, D), torch.randn(20, D), POSITIONS[0, 0]), ["half"]),
+    "packed q, k and v": (packed, (query(B, S, 3 * HEADS * D), angles()), ["half"] * 2),
+    "packed, heads unequal": (packed_unequal, (query(B, S, 8 * D), angles()), ["half", "interleaved"]),
+    "coefficients of a head": (learned, (query(), angles(), query(HEADS, D)), ["half"]),
+    "into a slice": (into_a_slice, (query(), angles()), ["interleaved, partial [4:12] of 16"]),
+    "float64": (in_float64, (query(), angles()), ["half"]),
+    "shuffled with views": (shuffled, (query(), angles()), ["half"]),
+    "one token": (halves, (query(B, HEADS, 1, D), angles()[:1]), ["half"]),
+    "one head": (halves, (query(B, 1, S, D), angles()), ["half"]),
+    "two one after the other": (lambda x, a, b: halves(halves(x, a), b), (query(), angles(), OTHER), ["half"] * 2),
+    "two side by side": (
+        lambda x, a, b: torch.cat((halves(x[..., :8], a[:, :4]), interleaved(x[..., 8:], b[:, :4])), -1),
+        (query(), angles(), OTHER),
+        ["half", "interleaved"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PASSED)
+def test_wherever_tables_and_heads_are_from(name: str) -> None:
+    rotate, inputs, forms = PASSED[name]
+    fused = Fused(rotate)
+    got = fused(*inputs)
+    assert sorted(f.form for f in fused.findings) == forms, fused.reasons
+    assert fused.reasons == []
+    exact = rotate(*(t.double() if t.is_floating_point() else t for t in inputs))
+    pairs = zip(got, exact, strict=True) if isinstance(got, tuple) else ((got, exact),)
+    for a, b in pairs:
+        assert_close(a, b, 2e-6)
+
+
 # --------------------------------------------------------------------------------------------------- refusals
 
 
