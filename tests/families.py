@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {
     "mlp_only_layers": [], "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
     "qk_head_dim": 32, "v_head_dim": 16, "sliding_window": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_conv_kernel_dim": 4, "index_head_dim": 16,
-    "index_n_heads": 2, "index_topk": 8,
+    "index_n_heads": 2, "index_topk": 64,  # every key: in bfloat16 a choice of keys changes as one of experts does
 }  # fmt: skip
 
 _LATENT = {"num_key_value_heads": 4}
@@ -79,7 +79,10 @@ FAMILIES: dict[str, Family] = {
     "dots1": _lm("Dots1"),
     "dots3_note": _text("Dots3Note", **_LATENT),
     "ernie4_5_moe": _lm("Ernie4_5_Moe", moe_layer_start_index=0, moe_layer_end_index=-1, moe_layer_interval=1),
-    "ernie4_5_vl_moe": _text("Ernie4_5_VLMoe", moe_intermediate_size=[32, 32]),
+    "ernie4_5_vl_moe": _text(
+        "Ernie4_5_VLMoe", moe_intermediate_size=[32, 32],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},
+    ),
     "exaone_moe": _lm("ExaoneMoe"),
     "flex_olmo": _lm("FlexOlmo", **_NARROW),
     "flint": _lm("Flint"),
@@ -87,7 +90,7 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe": _lm("Glm4Moe"),
     "glm4_moe_lite": _lm("Glm4MoeLite", **_LATENT),
     "glm4v_moe": _text("Glm4vMoe", rope_parameters={**_MROPE, "partial_rotary_factor": 1.0}),
-    "glm5_next": _text("Glm5Next", index_topk=16, qk_rope_head_dim=0, **_LATENT),
+    "glm5_next": _text("Glm5Next", qk_rope_head_dim=0, **_LATENT, **_HYBRID, **_SPARSE),
     "glm_moe_dsa": _lm("GlmMoeDsa", **_LATENT),
     "gpt_oss": _lm("GptOss", **_NARROW),
     "granitemoe": _lm("GraniteMoe", **_NARROW),

@@ -40,12 +40,19 @@ def capture(model: Callable[..., Any], *inputs: Any, dynamic: bool | None = None
 class Fused:
     """A model whose graphs are fused by braze and interpreted; results: what the passes did to each graph, in order."""
 
-    def __init__(self, model: Callable[..., Any], dynamic: bool | None = None, strict: bool = True) -> None:
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        dynamic: bool | None = None,
+        strict: bool = True,
+        after: Callable[[fx.Graph], None] = lambda graph: None,
+    ) -> None:
         self.results: list[pipeline.Result] = []
 
         def fuse(gm: fx.GraphModule) -> None:
             with no_modes():
                 self.results.append(pipeline.run(gm.graph, strict=strict))
+            after(gm.graph)
             gm.graph.lint()
 
         torch._dynamo.reset()

@@ -12,13 +12,16 @@ _HEAD = """# Families of transformers
 Every mixture-of-experts family of transformers {version}, as a tiny random model: captured, fused and interpreted on CPU: all
 of braze but code generation. A cell says how many of the model's expert layers were fused: `2/2` is all of them. Graphs are
 captured for one token with a cache (decode), for a second length (dynamic) and for a prompt (prefill). Errors are the
-largest difference from the model in float64, relative to its largest value; in bfloat16 the routing itself may differ, so
-eager's error stands beside it. {summary}
+largest difference from the model in float64, relative to its largest value. In bfloat16 nearly equal scores change places, in
+eager too: the errors are then those against the float64 model with the same experts chosen, and the column before says at how
+many of the choices (one a layer and token) braze and eager chose others than float64 does. The experts' weights count among the
+errors. `own` is a class without transformers' choice of implementation, through `braze.fuse`. {summary}
 """
 
 _COLUMNS = (
     "family", "grouped f32 dynamic", "grouped bf16 decode", "batched f32 decode", "batched bf16 prefill",
-    "own f32 dynamic", "own bf16 decode", "own bf16 prefill", "routers", "rope", "error f32", "error bf16 (eager)",
+    "own f32 dynamic", "own bf16 decode", "own bf16 prefill", "routers", "rope", "error f32",
+    "routes otherwise bf16 (eager)", "error bf16 (eager)",
     "what is missing",
 )  # fmt: skip
 _CASES = (
@@ -70,8 +73,11 @@ def _most(ran: Sequence[Outcome], kind: str) -> str:
 def _errors(ran: Sequence[Outcome]) -> list[str]:
     exact = [o for o in ran if o.dtype == "float32"]
     half = max((o for o in ran if o.dtype == "bfloat16"), key=lambda o: o.error, default=None)
+    routed = [o for o in ran if o.choices]
+    other, eager, of = (sum(getattr(o, f) for o in routed) for f in ("other", "eager_other", "choices"))
     return [
         f"{max(o.error for o in exact):.0e}" if exact else "",
+        f"{other} ({eager}) of {of}" if routed else "",
         f"{half.error:.0e} ({half.eager:.0e})" if half is not None else "",
     ]
 
