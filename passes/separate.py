@@ -60,7 +60,7 @@ def product(node: fx.Node) -> Product | None:
     if node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1:
         return None
     for x, bias in ((a[0], a[1]), (a[1], a[0])):
-        if isinstance(x, fx.Node) and isinstance(bias, fx.Node) and bias.meta["val"].ndim == 1:
+        if isinstance(x, fx.Node) and isinstance(bias, fx.Node) and getattr(bias.meta.get("val"), "ndim", None) == 1:
             mm = x.args[0] if x.target is _CAST and len(x.users) == 1 else x
             if isinstance(mm, fx.Node) and mm.target is aten.mm.default and len(mm.users) == 1:
                 return Product(mm.args[0], mm.args[1], bias)  # type: ignore[arg-type]

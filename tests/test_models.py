@@ -20,7 +20,7 @@ ROPE_FORMS = {
     "glm4": {"interleaved, partial 8 of 16"},
     "gpt_neox": {"half, partial 4 of 16"},
     "mixtral": {"half"},
-    "qwen3_moe": {"half"},
+    "qwen3_moe": {"half, rms_norm before (eps 1e-06, weight)"},
     "llama4": {"interleaved"},
     "gpt_oss": {"half"},
     "deepseek_v3": {"interleaved to half", "interleaved to half, partial [16:32] of 32"},
