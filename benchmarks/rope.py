@@ -55,9 +55,9 @@ def interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (wide * cos + turned * sin).to(x.dtype)
 
 
-def complex_product(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
+def complex_product(x: Tensor, table: Tensor, _: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x.to(table.real.dtype).reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 
 def interleaved_to_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Variant:
     spec: RopeSpec
     width: int
     rotate: Rotate
-    table_dtype: torch.dtype = torch.bfloat16
+    table_dtype: torch.dtype = torch.bfloat16  # complex: one table of cos + i sin
     norm: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __call__(self, q: Tensor, k: Tensor, a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +102,9 @@ VARIANTS = (
     Variant("llama half 64", 64, RopeSpec(64), 64, half),
     Variant("partial 64 of 256", 256, RopeSpec(64), 64, partial),
     Variant("cohere interleaved", 128, RopeSpec(128, 0, "interleaved", "interleaved"), 128, interleaved, torch.float32),
-    Variant("llama4 complex", 128, RopeSpec(128, 0, "interleaved", "interleaved"), 64, complex_product, torch.float32),
+    Variant(
+        "llama4 complex", 128, RopeSpec(128, 0, "interleaved", "interleaved"), 64, complex_product, torch.complex64
+    ),
     Variant("deepseek_v3 interleave", 64, RopeSpec(64, 0, "interleaved", "half"), 64, interleaved_to_half),
     Variant("qwen3 norm, half", 128, RopeSpec(128), 128, half, norm=rms_norm),
     Variant("gemma3 norm, half 256", 256, RopeSpec(256), 256, half, norm=rms_norm_plus_one),
@@ -136,6 +138,8 @@ def kernel(variant: Variant, **knobs: int) -> Function:
     def run(q: Tensor, k: Tensor, a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> Any:
         q, k = (x.view(*x.shape[:-1], -1, variant.size).transpose(1, 2) for x in (q, k))
         norm = None if variant.norm is None else triton_rope.Norm(EPS, a, b, variant.norm is rms_norm_plus_one)
+        if cos.is_complex():
+            cos, sin = torch.view_as_real(cos).unbind(-1)
         return triton_rope.run(q, k, cos[:, 0], sin[:, 0], variant.spec, norm=norm, **knobs)
 
     return run
@@ -189,6 +193,8 @@ def make(variant: Variant, tokens: int, heads: tuple[int, int], device: str) -> 
     if variant.width == variant.spec.rotary_dim:
         interleave = variant.spec.layout_out == "interleaved"
         angle = angle.repeat_interleave(2, -1) if interleave else torch.cat((angle, angle), -1)
+    if variant.table_dtype.is_complex:
+        return q, k, a, b, torch.polar(torch.ones_like(angle), angle), angle
     return q, k, a, b, angle.cos().to(variant.table_dtype), angle.sin().to(variant.table_dtype)
 
 
@@ -196,7 +202,7 @@ def check(name: str, function: Function, variant: Variant, inputs: tuple[Tensor,
     """AssertionError where a provider's first tokens differ from float64 by more than bfloat16 does."""
     q, k, a, b, cos, sin = inputs
     few = (q[:, :64], k[:, :64], a, b, cos[..., :64, :], sin[..., :64, :])
-    wanted = variant(*(x.double() for x in few))
+    wanted = variant(*(x.to(torch.complex128 if x.is_complex() else torch.float64) for x in few))
     for got, want in zip(function(*(x.clone() for x in inputs)), wanted, strict=True):
         error = ((got[:, :, :64].double() - want).norm() / want.norm()).item()
         assert error < 1.2e-2, (variant.name, name, error)

@@ -45,6 +45,8 @@ def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str
         choices.append((kernel, why))
     for group in rotations.pairs(turns):
         rotations.launch(group)
+    if turns:
+        turns[0].call.graph.eliminate_dead_code()  # tables that were made again for k
     return choices
 
 

@@ -59,7 +59,8 @@ def turn(call: fx.Node) -> Turn | str:
     axis = _head_axis(x, cos, sin)
     if axis is None:
         return "the kernel takes tables that do not vary from head to head, and x with a batch, heads and tokens"
-    refusal = triton_rope.supports(_heads(x, axis), None, _rows(cos, axis, x.ndim), _rows(sin, axis, x.ndim), spec)
+    tables = _rows(cos, sin, axis, x.ndim, spec)
+    refusal = triton_rope.supports(_heads(x, axis), None, *tables, spec)
     return refusal or Turn(call, spec, axis, norm)
 
 
@@ -104,13 +105,27 @@ def _as_given(out: Tensor, axis: int, rank: int) -> Tensor:
     return out if rank == 4 else out[0]
 
 
-def _rows(table: Tensor, axis: int, rank: int) -> Tensor:
-    """A table as [B or 1, S, W], its rows contiguous: one that is not is small, and is copied."""
-    for _ in range(rank - table.ndim):
-        table = table[None]
-    table = table.select(axis, 0)
-    table = table if table.stride(-1) == 1 else table.contiguous()
-    return table if rank == 4 else table[None]
+def _rows(cos: Tensor, sin: Tensor, axis: int, rank: int, spec: RopeSpec) -> tuple[Tensor, Tensor]:
+    """Tables as [B or 1, S, W]; those that the kernel cannot read as they lie are small, and are copied."""
+
+    def rows(table: Tensor) -> Tensor:
+        table = table[(None,) * (rank - table.ndim)].select(axis, 0)
+        return table if rank == 4 else table[None]
+
+    a, b = rows(cos), rows(sin)
+    as_they_lie = triton_rope.readable(a, spec) and triton_rope.readable(b, spec) and a.stride(-1) == b.stride(-1)
+    return (a, b) if as_they_lie else (a.contiguous(), b.contiguous())
+
+
+def _room(call: fx.Node, x: Tensor) -> Tensor:
+    """What a call's result is written to: as x lies in memory, or row-major where the graph's own result is, so that no copy
+    follows."""
+    like = call.meta["val"]
+    size, row_major = 1, True
+    for d in reversed(range(like.ndim)):
+        row_major &= statically_known_true(like.shape[d] == 1) or statically_known_true(like.stride(d) == size)
+        size = size * like.shape[d]
+    return x.new_empty(x.shape, dtype=like.dtype) if row_major else torch.empty_like(x, dtype=like.dtype)
 
 
 def pairs(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
@@ -130,8 +145,36 @@ def pairs(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
 def _alike(a: Turn, b: Turn) -> bool:
     x, y = a.x.meta["val"], b.x.meta["val"]
     norms = (a.norm_spec, len(a.weights)) == (b.norm_spec, len(b.weights))
-    same = norms and (a.tables, a.spec, a.axis, x.ndim, x.dtype) == (b.tables, b.spec, b.axis, y.ndim, y.dtype)
-    return same and all(statically_known_true(x.shape[d] == y.shape[d]) for d in range(x.ndim) if d != a.axis)
+    same = norms and (a.spec, a.axis, x.ndim, x.dtype) == (b.spec, b.axis, y.ndim, y.dtype)
+    same = same and all(statically_known_true(x.shape[d] == y.shape[d]) for d in range(x.ndim) if d != a.axis)
+    return same and all(map(_same_value, a.tables, b.tables))
+
+
+def _same_value(a: Any, b: Any, depth: int = 12) -> bool:
+    """Whether two nodes, or arguments, are the same computation: models index or convert a table once for q and once for k."""
+    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
+        return type(a) is type(b) and bool(a == b)
+    if a is b:
+        return True
+    if depth == 0 or a.op != "call_function" or a.target is not b.target or not _is_pure(a):
+        return False
+    pairs = zip((*a.args, *a.kwargs.values()), (*b.args, *b.kwargs.values()), strict=False)
+    return (
+        len(a.args) == len(b.args) and list(a.kwargs) == list(b.kwargs)
+        and all(_same_argument(m, n, depth - 1) for m, n in pairs)
+    )  # fmt: skip
+
+
+def _same_argument(a: Any, b: Any, depth: int) -> bool:
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(_same_argument(m, n, depth) for m, n in zip(a, b, strict=True))
+    return _same_value(a, b, depth)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    """Whether the same arguments always give the same value."""
+    tags = getattr(node.target, "tags", (torch.Tag.nondeterministic_seeded,))
+    return not node.is_impure() and torch.Tag.nondeterministic_seeded not in tags
 
 
 def _together(first: Turn, second: Turn, order: Mapping[fx.Node, int]) -> bool:
@@ -149,11 +192,12 @@ def launch(group: tuple[Turn, ...]) -> None:
     def body(*tensors: Tensor) -> tuple[Tensor, ...]:
         xs, (cos, sin), scales = tensors[: len(group)], tensors[len(group) :][:2], tensors[len(group) + 2 :]
         heads = [_heads(x, turn.axis) for x in xs]
+        outs = [_heads(_room(t.call, x), turn.axis) for t, x in zip(group, xs, strict=True)]
         q, k = heads[0], heads[1] if len(heads) == 2 else None
         tile, warps = triton_rope.tiling(q)
         rotated = triton_rope.launch(
-            q, k, _rows(cos, turn.axis, rank), _rows(sin, turn.axis, rank), turn.spec, _norm(turn, scales), False,
-            tile, warps, start=inductor.start,
+            q, k, *_rows(cos, sin, turn.axis, rank, turn.spec), turn.spec, _norm(turn, scales), False,
+            tile, warps, start=inductor.start, outs=outs,
         )  # fmt: skip
         return tuple(_as_given(out, turn.axis, rank) for out in rotated if out is not None)
 

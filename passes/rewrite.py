@@ -40,7 +40,8 @@ def rewrite(site: Site) -> fx.Node:
     except ValueError:
         root.graph.erase_node(call)
         raise
-    call.meta["val"] = value
+    # A rotation's root may lie in memory as its input does not, and what follows may need that.
+    call.meta["val"] = root.meta["val"] if isinstance(site, RopeSite) else value
     root.replace_all_uses_with(call)
     return call
 

@@ -30,6 +30,7 @@ MAX_HEAD = 1024
 MAX_TERMS_NEAR = 4
 
 _RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+_LAYOUT = {aten.clone.default, aten.permute.default, aten.transpose.int, *_RESHAPES}
 _LINEAR = {
     aten.add.Tensor,
     aten.sub.Tensor,
@@ -178,9 +179,7 @@ def _candidates(root: fx.Node, cone: dict[fx.Node, int]) -> Iterator[fx.Node]:
         summed = any(u.target is aten.mul.Tensor and any(_is_sum(v) for v in u.users) for u in node.users)
         if edges > 1 or paired or split or summed:
             yield node
-            while (node.target in _RESHAPES or node.target is aten.clone.default) and node.args[
-                0
-            ] in cone:  # pairs are often a dimension of their own
+            while node.target in _LAYOUT and node.args[0] in cone:  # pairs are often a dimension of their own
                 node = node.all_input_nodes[0]
                 yield node
 
@@ -203,8 +202,10 @@ def _match(root: fx.Node, cone: dict[fx.Node, int], sizes: Sizes, known: Known) 
             continue
     if not found:
         raise closest
-    # Both factors of a product are tapped alike where one head is rotated: x is what a projection made.
-    return max(found, key=lambda s: (_projected(s.x) and not _projected(s.cos), -found.index(s)))
+    # Both factors of a product are tapped alike where one head is rotated: x is what a projection made. Of one chain the
+    # nearest, but for copies that put pairs in another order: a kernel reads through them.
+    copies = {s.x: sum(n.target is aten.clone.default for n in _between(root, s.x, cone)) for s in found}
+    return max(found, key=lambda s: (_projected(s.x) and not _projected(s.cos), copies[s.x], -found.index(s)))
 
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:

@@ -317,7 +317,7 @@ PASSED: dict[str, tuple[Rotation, tuple[Tensor, ...], list[str]]] = {
     "coefficients of a head": (learned, (query(), angles(), query(HEADS, D)), ["half"]),
     "into a slice": (into_a_slice, (query(), angles()), ["interleaved, partial [4:12] of 16"]),
     "float64": (in_float64, (query(), angles()), ["half"]),
-    "shuffled with views": (shuffled, (query(), angles()), ["half"]),
+    "shuffled with views": (shuffled, (query(), angles()), ["interleaved to half"]),
     "one token": (halves, (query(B, HEADS, 1, D), angles()[:1]), ["half"]),
     "one head": (halves, (query(B, 1, S, D), angles()), ["half"]),
     "two one after the other": (lambda x, a, b: halves(halves(x, a), b), (query(), angles(), OTHER), ["half"] * 2),

@@ -4,6 +4,7 @@ A program owns one token and a block of its heads: the tables are one row that i
 RMSNorm over the head before the rotation costs no more memory traffic, since the tile holds whole heads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,10 +39,10 @@ if HAVE_TRITON:
 
     @triton.jit
     def _rotate(
-        x, out, weight, x_row, out_row, x_head, out_head, heads, block, ca, cb, sa, sb, eps,
+        x, out, weight, x_row, out_row, x_head, out_head, heads, block, ca, cb, sa, sb,
         SIZE: tl.constexpr, START: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
         HEADS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, COPY: tl.constexpr, NORM: tl.constexpr,
-        WEIGHT: tl.constexpr, ONE: tl.constexpr,
+        WEIGHT: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr,
     ):  # fmt: skip
         """One block of heads of one token; NORM, WEIGHT and ONE: RMSNorm first, by weight or by 1 + weight."""
         head = (block * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
@@ -59,7 +60,7 @@ if HAVE_TRITON:
             squares = tl.sum(a * a, 1) + tl.sum(b * b, 1)
             if COPY:
                 squares += tl.sum(rest * rest, 1)
-            scale = tl.rsqrt(squares / SIZE + eps)[:, None]
+            scale = tl.rsqrt(squares / SIZE + EPS)[:, None]
             a, b = a * scale, b * scale
             if WEIGHT:
                 origin = tl.zeros((1, 1), tl.int32)
@@ -88,12 +89,14 @@ if HAVE_TRITON:
         q, k, q_out, k_out, cos, sin, q_weight, k_weight, tokens,
         q_batch, q_token, q_head, k_batch, k_token, k_head,
         qo_batch, qo_token, qo_head, ko_batch, ko_token, ko_head,
-        cos_batch, cos_token, sin_batch, sin_token, q_heads, k_heads, eps,
+        cos_batch, cos_token, sin_batch, sin_token, q_heads, k_heads,
         SIZE: tl.constexpr, START: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
         Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, Q_BLOCKS: tl.constexpr,
-        IN: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr, INVERSE: tl.constexpr, COPY: tl.constexpr,
-        NORM: tl.constexpr, WEIGHT: tl.constexpr, ONE: tl.constexpr,
+        IN: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr, STEP: tl.constexpr, INVERSE: tl.constexpr,
+        COPY: tl.constexpr,
+        NORM: tl.constexpr, WEIGHT: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr,
     ):  # fmt: skip
+        """STEP: from one column of a table to the next: 2 in the real and imaginary parts of a complex one."""
         row = tl.program_id(0).to(tl.int64)
         block = tl.program_id(1)
         batch, token = row // tokens, row % tokens
@@ -106,22 +109,22 @@ if HAVE_TRITON:
             ca, cb = _components(cos_row, pair, there, HALF, PAIRS, OUT)
             sa, sb = _components(sin_row, pair, there, HALF, PAIRS, OUT)
         else:
-            ca = tl.load(cos_row + pair, mask=pair < HALF, other=0.0).to(tl.float32)
-            sa = tl.load(sin_row + pair, mask=pair < HALF, other=0.0).to(tl.float32)
+            ca = tl.load(cos_row + pair * STEP, mask=pair < HALF, other=0.0).to(tl.float32)
+            sa = tl.load(sin_row + pair * STEP, mask=pair < HALF, other=0.0).to(tl.float32)
             cb, sb = ca, sa
         if INVERSE:
             sa, sb = -sa, -sb
         if block < Q_BLOCKS:
             _rotate(
                 q, q_out, q_weight, batch * q_batch + token * q_token, batch * qo_batch + token * qo_token,
-                q_head, qo_head, q_heads, block, ca, cb, sa, sb, eps,
-                SIZE, START, HALF, PAIRS, REST, Q_HEADS, IN, OUT, COPY, NORM, WEIGHT, ONE,
+                q_head, qo_head, q_heads, block, ca, cb, sa, sb,
+                SIZE, START, HALF, PAIRS, REST, Q_HEADS, IN, OUT, COPY, NORM, WEIGHT, ONE, EPS,
             )  # fmt: skip
         else:
             _rotate(
                 k, k_out, k_weight, batch * k_batch + token * k_token, batch * ko_batch + token * ko_token,
-                k_head, ko_head, k_heads, block - Q_BLOCKS, ca, cb, sa, sb, eps,
-                SIZE, START, HALF, PAIRS, REST, K_HEADS, IN, OUT, COPY, NORM, WEIGHT, ONE,
+                k_head, ko_head, k_heads, block - Q_BLOCKS, ca, cb, sa, sb,
+                SIZE, START, HALF, PAIRS, REST, K_HEADS, IN, OUT, COPY, NORM, WEIGHT, ONE, EPS,
             )  # fmt: skip
 
 
@@ -157,7 +160,9 @@ def supports(
         (all(x.dtype in DTYPES for x in (*xs, cos, sin)), "only float16, bfloat16 and float32"),
         ((spec.out_dtype or q.dtype) in DTYPES, f"no result in {spec.out_dtype}"),
         (all(x.shape[-1] == size for x in xs), "q and k have different head sizes"),
-        (all(x.stride(-1) == 1 for x in (*xs, cos, sin)), "a last dimension is not contiguous"),
+        (all(x.stride(-1) == 1 for x in xs), "a last dimension is not contiguous"),
+        (readable(cos, spec) and readable(sin, spec), "the rows of a table are not contiguous"),
+        (cos.stride(-1) == sin.stride(-1), "the two tables lie differently in memory"),
         (size <= MAX_HEAD_SIZE, f"head size {size} exceeds {MAX_HEAD_SIZE}"),
         (spec.start + spec.rotary_dim <= size, f"{spec.start} + {spec.rotary_dim} exceeds the head size {size}"),
         (cos.shape == sin.shape and cos.ndim == 3, "tables must be [B or 1, S, W]"),
@@ -168,6 +173,12 @@ def supports(
         (norm is None or k is None or (norm.q_weight is None) == (norm.k_weight is None), "only one norm has a weight"),
     )
     return next((reason for fine, reason in checks if not fine), None)
+
+
+def readable(table: Tensor, spec: RopeSpec) -> bool:
+    """Whether the kernel reads the table as it lies: rows contiguous, or, with a column for a pair, in equal steps."""
+    step = table.stride(-1)
+    return isinstance(step, int) and (step == 1 or (step > 1 and table.shape[-1] == spec.rotary_dim // 2))
 
 
 def run(
@@ -210,11 +221,13 @@ def launch(
     tile: int,
     warps: int,
     start: Start = compat.start,
+    outs: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`run` without its checks, by whatever starts kernels."""
+    """`run` without its checks, by whatever starts kernels. outs: what results are written to, of any strides."""
     dtype = spec.out_dtype or q.dtype
-    q_out = q if in_place else torch.empty_like(q, dtype=dtype)
-    k_out = k if in_place or k is None else torch.empty_like(k, dtype=dtype)
+    q_out, k_out = (*outs, None)[:2] if outs is not None else (q, k) if in_place else (None, None)
+    q_out = torch.empty_like(q, dtype=dtype) if q_out is None else q_out
+    k_out = torch.empty_like(k, dtype=dtype) if k_out is None and k is not None else k_out
     if q.numel() == 0:
         return q_out, k_out
     batch, q_heads, tokens, size = q.shape
@@ -233,7 +246,7 @@ def launch(
     arguments = (
         q, other, q_out, other_out, cos, sin, q_weight, k_weight, tokens,
         *_strides(q), *_strides(other), *_strides(q_out), *_strides(other_out),
-        _batch_stride(cos), cos.stride(1), _batch_stride(sin), sin.stride(1), q_heads, k_heads, norm.eps if norm else 0.0,
+        _batch_stride(cos), cos.stride(1), _batch_stride(sin), sin.stride(1), q_heads, k_heads,
     )  # fmt: skip
     constants = {
         "SIZE": size,
@@ -247,11 +260,13 @@ def launch(
         "IN": spec.layout_in == "interleaved",
         "OUT": spec.layout_out == "interleaved",
         "WIDE": cos.shape[-1] == spec.rotary_dim,
+        "STEP": cos.stride(-1),
         "INVERSE": spec.inverse,
         "COPY": rest > 0 and (not in_place or norm is not None),
         "NORM": norm is not None,
         "WEIGHT": weight,
         "ONE": 1.0 if norm is not None and norm.add_one else 0.0,
+        "EPS": norm.eps if norm is not None else 0.0,  # an argument would come as float64, and make the norm so
     }
     written = ["q_out"] if k is None else ["q_out", "k_out"]
     results = start(rope_kernel, (batch * tokens, blocks), arguments, constants, written, warps=warps)

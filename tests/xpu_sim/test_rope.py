@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from braze import xpu_sim
 from braze.backend import collect
 from braze.kernels.spec import RopeSpec
 from braze.kernels.triton import rope
-from braze.lowering import lower, rotations
 from tests import rope_models, tiny
 from tests.test_triton_rope import SPECS, compare, inputs, tables
 
@@ -55,10 +57,8 @@ def test_norm_before_the_rotation(target: str, layout: Any, add_one: bool, size:
 
 
 @pytest.mark.parametrize(("name", "form"), [("qwen3", ", weight)"), ("gemma3", ", 1 + weight)"), ("olmo2", "half")])
-def test_one_launch_a_layer_norms_of_q_and_k_included(monkeypatch: pytest.MonkeyPatch, name: str, form: str) -> None:
-    """The launches inside a model's graph, as on a GPU, which these tensors are not on."""
-    monkeypatch.setattr(lower, "choose_rope", lambda call, forced: ("triton", "", rotations.turn(call)))
-    monkeypatch.setattr(rotations.triton_rope, "supports", lambda *args: None)
+def test_one_launch_a_layer_norms_of_q_and_k_included(name: str, form: str) -> None:
+    """The launches inside a model's graph, as on a GPU."""
     model, ids = rope_models.build(name, layers=2), tiny.tokens()
     with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
         exact = tiny.as_float64(model)(ids, use_cache=False).logits
@@ -68,3 +68,54 @@ def test_one_launch_a_layer_norms_of_q_and_k_included(monkeypatch: pytest.Monkey
     assert all(s.form.endswith(form) for s in reports[0].sites) and len(reports[0].sites) == 4
     assert [x.kernel for x in launches if "rope" in x.kernel] == ["rope_kernel"] * 2
     torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+
+def with_tail(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.cat((turned(x[..., :16], cos, sin), x[..., 16:]), -1)
+
+
+def pairs_to_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return turned(x.unflatten(-1, (-1, 2)).transpose(-1, -2).reshape(x.shape), cos, sin)
+
+
+def complex_product(x: Tensor, table: Tensor) -> Tensor:
+    product = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * table[:, None]
+    return torch.view_as_real(product).flatten(-2)
+
+
+def with_tables_of_its_own(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return turned(x, cos.cos().unsqueeze(0), sin.sin().unsqueeze(0))
+
+
+def preamble(rotate: Callable[..., Tensor], q: Tensor, k: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k [1, T, H * D] -> heads [1, H, T, D], rotated."""
+    q, k = (rotate(x.unflatten(-1, (-1, 32)).transpose(1, 2), *tables) for x in (q, k))
+    return q, k
+
+
+@pytest.mark.parametrize("rotate", [with_tail, pairs_to_halves, complex_product, with_tables_of_its_own])
+def test_one_launch_for_q_and_k_and_nothing_else(rotate: Callable[..., Tensor]) -> None:
+    """No copy of a tail, of pairs put in another order, of a result in another layout, or of a complex table's parts."""
+    q, k = torch.randn(1, 6, 3 * 32), torch.randn(1, 6, 2 * 32)
+    width = 16 if rotate is with_tail else 32
+    angle = torch.cat((torch.rand(6, width // 2),) * 2, -1) * 6
+    tables = (torch.polar(torch.ones(1, 6, 16), angle[None, :, :16]),)
+    if rotate is not complex_product:
+        tables = (angle, angle) if rotate is with_tables_of_its_own else (angle.cos(), angle.sin())
+    exact = preamble(rotate, *(t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (q, k, *tables)))
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        torch._dynamo.reset()
+        with xpu_sim.compiled_graphs("pvc"), xpu_sim.record() as launches:
+            compiled = torch.compile(partial(preamble, rotate), backend="braze", dynamic=False)
+            got = compiled(q, k, *tables)
+    ropes = [x.kernel for x in launches if x.kernel == "rope_kernel"]
+    made = 2 if rotate is with_tables_of_its_own else 0  # cos and sin themselves: once, not again for k
+    assert len(ropes) == 1 and len(launches) - 1 <= made
+    for a, b in zip(got, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+        assert a.stride()[1:] == b.stride()[1:]
