@@ -194,7 +194,7 @@ def launch(group: tuple[Turn, ...]) -> None:
         heads = [_heads(x, turn.axis) for x in xs]
         outs = [_heads(_room(t.call, x), turn.axis) for t, x in zip(group, xs, strict=True)]
         q, k = heads[0], heads[1] if len(heads) == 2 else None
-        tile, warps = triton_rope.tiling(q)
+        tile, warps = triton_rope.tiling(q, turn.spec, turn.norm is not None)
         rotated = triton_rope.launch(
             q, k, *_rows(cos, sin, turn.axis, rank, turn.spec), turn.spec, _norm(turn, scales), False,
             tile, warps, start=inductor.start, outs=outs,

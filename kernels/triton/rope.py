@@ -40,49 +40,55 @@ if HAVE_TRITON:
     @triton.jit
     def _rotate(
         x, out, weight, x_row, out_row, x_head, out_head, heads, block, ca, cb, sa, sb,
-        SIZE: tl.constexpr, START: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
-        HEADS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, COPY: tl.constexpr, NORM: tl.constexpr,
-        WEIGHT: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr,
+        SIZE: tl.constexpr, START: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
+        IN: tl.constexpr, OUT: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, ONE: tl.constexpr,
+        EPS: tl.constexpr,
     ):  # fmt: skip
-        """One block of heads of one token; NORM, WEIGHT and ONE: RMSNorm first, by weight or by 1 + weight."""
+        """The part that turns of a block of heads of one token; NORM, WEIGHT, ONE: RMSNorm first, by weight or 1 + weight."""
         head = (block * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
         mask = head < heads
         pair = tl.arange(0, PAIRS)[None, :]
-        source = x + x_row + head * x_head
-        target = out + out_row + head * out_head
-        a, b = _components(source + START, pair, mask, HALF, PAIRS, IN)
-        if COPY:
-            n = tl.arange(0, REST)[None, :]
-            column = tl.where(n < START, n, n + 2 * HALF)
-            inside = mask & (n < SIZE - 2 * HALF)
-            rest = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
+        source = x + x_row + head * x_head + START
+        target = out + out_row + head * out_head + START
+        a, b = _components(source, pair, mask, HALF, PAIRS, IN)
         if NORM:
-            squares = tl.sum(a * a, 1) + tl.sum(b * b, 1)
-            if COPY:
-                squares += tl.sum(rest * rest, 1)
-            scale = tl.rsqrt(squares / SIZE + EPS)[:, None]
+            scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / SIZE + EPS)[:, None]
             a, b = a * scale, b * scale
             if WEIGHT:
                 origin = tl.zeros((1, 1), tl.int32)
                 wa, wb = _components(weight + START + origin, pair, origin == 0, HALF, PAIRS, IN)
                 a, b = a * (wa + ONE), b * (wb + ONE)
-            if COPY:
-                rest = rest * scale
-                if WEIGHT:
-                    wr = tl.load(weight + column, mask=n < SIZE - 2 * HALF, other=0.0).to(tl.float32)
-                    rest = rest * (wr + ONE)
         c = (a * ca - b * sa).to(out.dtype.element_ty)
         d = (b * cb + a * sb).to(out.dtype.element_ty)
         if OUT:
             both = tl.arange(0, 2 * PAIRS)[None, :]
-            tl.store(
-                target + START + both, tl.reshape(tl.join(c, d), (HEADS, 2 * PAIRS)), mask=mask & (both < 2 * HALF)
-            )
+            tl.store(target + both, tl.reshape(tl.join(c, d), (HEADS, 2 * PAIRS)), mask=mask & (both < 2 * HALF))
         else:
-            tl.store(target + START + pair, c, mask=mask & (pair < HALF))
-            tl.store(target + START + HALF + pair, d, mask=mask & (pair < HALF))
-        if COPY:
-            tl.store(target + column, rest.to(out.dtype.element_ty), mask=inside)
+            tl.store(target + pair, c, mask=mask & (pair < HALF))
+            tl.store(target + HALF + pair, d, mask=mask & (pair < HALF))
+
+    @triton.jit
+    def _rotate_part(
+        x, out, weight, x_row, out_row, x_head, out_head, heads, block, cos, sin, own, partner, column, inside,
+        SIZE: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, ONE: tl.constexpr,
+        EPS: tl.constexpr,
+    ):  # fmt: skip
+        """Whole heads of which a part turns: x[own] cos + x[partner] sin, the rest by cos = 1 and without a partner. One layout
+        for all columns, so that a norm's sum and what it scales need no exchange between threads but one."""
+        head = (block * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
+        mask = (head < heads) & (column < SIZE)
+        source = x + x_row + head * x_head
+        a = tl.load(source + own, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(source + partner, mask=mask & inside, other=0.0).to(tl.float32)
+        if NORM:
+            scale = tl.rsqrt(tl.sum(a * a, 1) / SIZE + EPS)[:, None]
+            a, b = a * scale, b * scale
+            if WEIGHT:
+                a *= tl.load(weight + own, mask=column < SIZE, other=0.0).to(tl.float32) + ONE
+                b *= tl.load(weight + partner, mask=inside, other=0.0).to(tl.float32) + ONE
+        tl.debug_barrier()  # in place, another thread may still have to read what this one writes
+        result = (a * cos + b * sin).to(out.dtype.element_ty)
+        tl.store(out + out_row + head * out_head + column, result, mask=mask)
 
     @triton.jit
     def rope_kernel(
@@ -90,42 +96,65 @@ if HAVE_TRITON:
         q_batch, q_token, q_head, k_batch, k_token, k_head,
         qo_batch, qo_token, qo_head, ko_batch, ko_token, ko_head,
         cos_batch, cos_token, sin_batch, sin_token, q_heads, k_heads,
-        SIZE: tl.constexpr, START: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
+        SIZE: tl.constexpr, START: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr,
         Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, Q_BLOCKS: tl.constexpr,
         IN: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr, STEP: tl.constexpr, INVERSE: tl.constexpr,
-        COPY: tl.constexpr,
         NORM: tl.constexpr, WEIGHT: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr,
     ):  # fmt: skip
-        """STEP: from one column of a table to the next: 2 in the real and imaginary parts of a complex one."""
+        """COLUMNS: 0, or a power of 2 that holds the head, of which only a part turns and the rest is carried over. STEP: from
+        one column of a table to the next: 2 in the real and imaginary parts of a complex one."""
         row = tl.program_id(0).to(tl.int64)
         block = tl.program_id(1)
         batch, token = row // tokens, row % tokens
-        pair = tl.arange(0, PAIRS)[None, :]
         origin = tl.zeros((1, 1), tl.int32)
         cos_row = cos + batch * cos_batch + token * cos_token + origin
         sin_row = sin + batch * sin_batch + token * sin_token + origin
-        if WIDE:
-            there = origin == 0
-            ca, cb = _components(cos_row, pair, there, HALF, PAIRS, OUT)
-            sa, sb = _components(sin_row, pair, there, HALF, PAIRS, OUT)
+        q_row, k_row = batch * q_batch + token * q_token, batch * k_batch + token * k_token
+        qo_row, ko_row = batch * qo_batch + token * qo_token, batch * ko_batch + token * ko_token
+        if COLUMNS:
+            column = tl.arange(0, COLUMNS)[None, :]
+            n = column - START
+            inside = (n >= 0) & (n < 2 * HALF)
+            second = (n % 2) if OUT else (n // HALF)
+            pair = (n // 2) if OUT else (n % HALF)
+            own = START + (2 * pair + second if IN else HALF * second + pair)
+            own = column if IN == OUT else tl.where(inside, own, column)  # contiguous where the compiler can see it
+            partner = START + (2 * pair + 1 - second if IN else HALF * (1 - second) + pair)
+            place = n if WIDE else pair * STEP
+            c = tl.load(cos_row + place, mask=inside, other=1.0).to(tl.float32)
+            s = tl.load(sin_row + place, mask=inside, other=0.0).to(tl.float32)
+            s = tl.where((second == 1) != INVERSE, s, -s)
+            if block < Q_BLOCKS:
+                _rotate_part(
+                    q, q_out, q_weight, q_row, qo_row, q_head, qo_head, q_heads, block, c, s, own, partner, column, inside,
+                    SIZE, Q_HEADS, NORM, WEIGHT, ONE, EPS,
+                )  # fmt: skip
+            else:
+                _rotate_part(
+                    k, k_out, k_weight, k_row, ko_row, k_head, ko_head, k_heads, block - Q_BLOCKS, c, s, own, partner,
+                    column, inside, SIZE, K_HEADS, NORM, WEIGHT, ONE, EPS,
+                )  # fmt: skip
         else:
-            ca = tl.load(cos_row + pair * STEP, mask=pair < HALF, other=0.0).to(tl.float32)
-            sa = tl.load(sin_row + pair * STEP, mask=pair < HALF, other=0.0).to(tl.float32)
-            cb, sb = ca, sa
-        if INVERSE:
-            sa, sb = -sa, -sb
-        if block < Q_BLOCKS:
-            _rotate(
-                q, q_out, q_weight, batch * q_batch + token * q_token, batch * qo_batch + token * qo_token,
-                q_head, qo_head, q_heads, block, ca, cb, sa, sb,
-                SIZE, START, HALF, PAIRS, REST, Q_HEADS, IN, OUT, COPY, NORM, WEIGHT, ONE, EPS,
-            )  # fmt: skip
-        else:
-            _rotate(
-                k, k_out, k_weight, batch * k_batch + token * k_token, batch * ko_batch + token * ko_token,
-                k_head, ko_head, k_heads, block - Q_BLOCKS, ca, cb, sa, sb,
-                SIZE, START, HALF, PAIRS, REST, K_HEADS, IN, OUT, COPY, NORM, WEIGHT, ONE, EPS,
-            )  # fmt: skip
+            pair = tl.arange(0, PAIRS)[None, :]
+            if WIDE:
+                ca, cb = _components(cos_row, pair, origin == 0, HALF, PAIRS, OUT)
+                sa, sb = _components(sin_row, pair, origin == 0, HALF, PAIRS, OUT)
+            else:
+                ca = tl.load(cos_row + pair * STEP, mask=pair < HALF, other=0.0).to(tl.float32)
+                sa = tl.load(sin_row + pair * STEP, mask=pair < HALF, other=0.0).to(tl.float32)
+                cb, sb = ca, sa
+            if INVERSE:
+                sa, sb = -sa, -sb
+            if block < Q_BLOCKS:
+                _rotate(
+                    q, q_out, q_weight, q_row, qo_row, q_head, qo_head, q_heads, block, ca, cb, sa, sb,
+                    SIZE, START, HALF, PAIRS, Q_HEADS, IN, OUT, NORM, WEIGHT, ONE, EPS,
+                )  # fmt: skip
+            else:
+                _rotate(
+                    k, k_out, k_weight, k_row, ko_row, k_head, ko_head, k_heads, block - Q_BLOCKS, ca, cb, sa, sb,
+                    SIZE, START, HALF, PAIRS, K_HEADS, IN, OUT, NORM, WEIGHT, ONE, EPS,
+                )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -201,13 +230,16 @@ def run(
     reason = supports(q, k, cos, sin, spec, norm, in_place)
     if reason is not None:
         raise ValueError(f"rope: {reason}")
-    best = tiling(q)
+    best = tiling(q, spec, norm is not None)
     return launch(q, k, cos, sin, spec, norm, in_place, tile or best[0], warps or best[1])
 
 
-def tiling(q: Tensor) -> tuple[int, int]:
-    """(elements of a program's heads, warps) for q's device."""
-    return (XPU_TILE, XPU_WARPS) if compat.platform(q.device) == "xpu" else (TILE, WARPS)
+def tiling(q: Tensor, spec: RopeSpec, norm: bool) -> tuple[int, int]:
+    """(elements of a program's heads, warps) for q's device, as measured on an H100 (benchmarks/rope.py --tune)."""
+    if compat.platform(q.device) == "xpu":
+        return XPU_TILE, XPU_WARPS
+    interleaved = "interleaved" in (spec.layout_in, spec.layout_out)
+    return TILE // 2 if norm and spec.rotary_dim < q.shape[-1] else TILE, WARPS // 2 if interleaved else WARPS
 
 
 def launch(
@@ -253,7 +285,7 @@ def launch(
         "START": spec.start,
         "HALF": spec.rotary_dim // 2,
         "PAIRS": pairs,
-        "REST": triton.next_power_of_2(max(1, rest)),
+        "COLUMNS": whole if rest > 0 and (not in_place or norm is not None) else 0,
         "Q_HEADS": q_block,
         "K_HEADS": k_block,
         "Q_BLOCKS": q_blocks,
@@ -262,7 +294,6 @@ def launch(
         "WIDE": cos.shape[-1] == spec.rotary_dim,
         "STEP": cos.stride(-1),
         "INVERSE": spec.inverse,
-        "COPY": rest > 0 and (not in_place or norm is not None),
         "NORM": norm is not None,
         "WEIGHT": weight,
         "ONE": 1.0 if norm is not None and norm.add_one else 0.0,
