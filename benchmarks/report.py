@@ -12,7 +12,8 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 HEAD = """# Performance
 
-Made by `make performance` from `benchmarks/results/`. Ratios are paired: both sides were called in turn in one run.
+Made by `make performance` from `benchmarks/results/`. Ratios on CPU are paired: both sides
+were called in turn in one run. More than 1 is faster than the other.
 """
 Rows = Sequence[Mapping[str, Any]]
 
@@ -60,8 +61,81 @@ def cpu(cells: Rows) -> str:
     )
 
 
+def mean(ratios: Sequence[float]) -> str:
+    return f"{statistics.geometric_mean(ratios):.2f}x (geomean of {len(ratios)} cells), worst {min(ratios):.2f}x"
+
+
+def rope(cells: Rows) -> str:
+    """The attention preamble on a GPU, every provider of a size in one row."""
+    rows, by_size = [], {json.dumps(c["shape"]): c["shape"] for c in cells}
+    ours = [c for c in cells if c["provider"] == "braze"]
+    for shape in by_size.values():
+        own = {c["provider"]: c for c in cells if c["shape"] == shape}
+        braze, liger = own["braze"], own.get("liger")
+        against = f"{liger['median'] / braze['median']:.2f}" if liger else ""
+        ratios = (f"{braze['ratio']:.2f}", f"{braze['speedup']:.2f}", against)
+        rows.append((shape["variant"], shape["T"], f"{braze['median']:.1f}", *ratios))
+    many = [c for c in ours if c["shape"]["T"] >= 4096]
+    header = ("preamble", "tokens", "braze us", "copy / braze", "stock / braze", "Liger / braze")
+    return "\n".join(
+        (
+            "## RoPE on an H100\n",
+            "`benchmarks/rope.py`: projections' output to the layout that attention wants, 32 and 8 heads, bfloat16, CUDA",
+            "graphs over inputs larger than L2. Copy clones q and k; Liger-Kernel rotates in place, and norms by kernels of",
+            "their own.\n",
+            f"- against stock torch.compile: {mean([c['speedup'] for c in ours])}",
+            f"- against a copy, from 4096 tokens: {mean([c['ratio'] for c in many])}\n",
+            table(header, rows),
+            "",
+        )
+    )
+
+
+def peers(cells: Rows) -> str:
+    """The experts' kernels on a GPU beside the best of the other projects' in each cell."""
+    rows = [
+        (c["shape"], c["tokens"], c["median"], f"{c['fraction_of_floor']:.2f}", f"{c['ratio']:.2f}", c["peer"])
+        for c in cells
+    ]
+    header = ("experts", "tokens", "braze us", "of floor", "peer / braze", "best peer")
+    return "\n".join(
+        (
+            "## Experts' kernels on an H100\n",
+            "`benchmarks/moe.py`: CUDA graphs, bfloat16; peers are vLLM's and SGLang's Triton kernels, OpenAI's triton_kernels",
+            "and torch's grouped products, on the same kind of GPU, not in the same run (`benchmarks/peers_h100.json`). The",
+            "floor is the larger of the time to read what is needed and the time of the arithmetic.\n",
+            f"- against the best peer: {mean([c['ratio'] for c in cells])}\n",
+            table(header, rows),
+            "",
+        )
+    )
+
+
+def layers(cells: Rows) -> str:
+    """Whole expert layers on a GPU beside the better of the stock forms."""
+    ours = [c for c in cells if c["provider"] == "braze"]
+    rows = [(c["shape"], c["tokens"], c["median"], c["host"], f"{c['speedup']:.2f}") for c in ours]
+    few, many = ([c["speedup"] for c in ours if (c["tokens"] <= 32) == decode] for decode in (True, False))
+    return "\n".join(
+        (
+            "## Expert layers on an H100\n",
+            "`benchmarks/layers.py`: router, experts and shared experts of transformers' layers, stock the faster of its forms",
+            "under torch.compile, bfloat16.\n",
+            *(f"- {name}: {mean(some)}" for name, some in (("decode", few), ("prefill", many)) if some),
+            "",
+            table(("layer", "tokens", "braze us", "host us", "stock / braze"), rows),
+            "",
+        )
+    )
+
+
 #: File of benchmarks/results, without .json -> its section.
-SECTIONS: Mapping[str, Callable[[Any], str]] = {"cpu": cpu}
+SECTIONS: Mapping[str, Callable[[Any], str]] = {
+    "moe_h100": peers,
+    "layers_h100": layers,
+    "rope_h100": rope,
+    "cpu": cpu,
+}
 
 
 def report() -> str:
