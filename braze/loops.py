@@ -131,6 +131,7 @@ def _fuses(made: Gathered) -> bool:
         graph = trace_(x, ids, torch.ones_like(ids, dtype=like.dtype), *stacks).graph
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default  # as in the graphs that the passes see
+    graph.eliminate_dead_code()  # decompositions leave casts behind, which would look like other uses
     with inductor.no_modes():
         result = pipeline.run(graph, disable=("rope", "router"))
     return any(finding.kind == "moe" for _, finding in result.calls)

@@ -1,6 +1,6 @@
 """What one expert of a loop does to one row, as straight-line code over its parameters.
 
-A module (x, ids, weights) is run on one token whose first slot has weight 1 and whose second has weight 0: all that was
+A loop (x, ids, weights) is run on one token whose first slot has weight 1 and whose others have weight 0: all that was
 computed from ids and weights is then a constant, picking that row is no operation, nor is adding it to zeros. What is left
 are the operations from the row to the result; a part taken of a stacked parameter, or a whole one, is an input.
 """

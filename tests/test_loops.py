@@ -96,6 +96,20 @@ def test_loops_of_transformers_are_fused_with_the_same_result(name: str, layers:
     assert fused.count("moe") == [layers]
 
 
+def test_a_loop_in_bfloat16_is_fused() -> None:
+    """Decompositions leave dead casts beside its products."""
+    experts = next(m for m in build("step3p7", torch.bfloat16).modules() if is_loop(m))
+    exact = copy.deepcopy(experts).double()
+    rng = torch.Generator().manual_seed(3)
+    x, weights = torch.randn(9, 64, generator=rng).bfloat16(), torch.rand(9, 2, generator=rng).bfloat16()
+    ids = torch.stack([torch.randperm(8, generator=rng)[:2] for _ in range(9)])
+    expected = exact(x.double(), ids, weights.double()).detach()
+    without_loops(experts)
+    fused = Fused(experts)
+    assert_close(fused(x, ids, weights), expected, 3e-2)
+    assert fused.count("moe") == [1]
+
+
 @pytest.mark.parametrize(("name", "reason"), [("dbrx", "not recognised"), ("longcat_flash", "no parameters")])
 def test_a_loop_that_would_gather_weights_unfused_stays(name: str, reason: str) -> None:
     """dbrx keeps gate and up in two tensors, longcat_flash has experts that pass a token on: no site covers either yet."""
