@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from braze.kernels import reference
+from braze.kernels.expression import apply_torch
 from braze.kernels.spec import MoeSpec
 from braze.kernels.triton import activation, compat, moe
 from braze.kernels.triton.choose_config import CONFIGS, Config, Problem, Tile, choose_config, model
@@ -150,6 +151,49 @@ def test_no_rows() -> None:
         got = moe.launch(x, ids, weights, *rest, MoeSpec())
         assert got.shape == x.shape
         assert not got.any()
+
+
+def compare_stages(c: Case, tiles: Config) -> None:
+    """The result in place of x, each slot's own result, and hooks that add to both stages, against float64."""
+    x, ids, weights, w1, w2, b1, b2 = make(c)
+    up, down = ((w.transpose(1, 2) if c.spec.transposed else w).double() for w in (w1, w2))
+    added, more = torch.randn(c.experts, up.shape[1]).double(), torch.randn(c.experts, down.shape[2]).double()
+    added, more = added.to(DEVICE), more.to(DEVICE)
+
+    def wanted(with_hooks: bool) -> Tensor:
+        rows, w, factor = x.double()[:, None, None], weights.double()[..., None], float(with_hooks)
+        h = (rows * up[ids]).sum(-1) * (w if c.spec.weight_on == "input" else 1.0)
+        h = h + (0.0 if b1 is None else b1.double()[ids]) + factor * added[ids]
+        h = apply_torch(c.spec.activation, *reference.split_gate_up(h, c.spec.layout)) + factor * more[ids]
+        y = (h[:, :, None] * down[ids]).sum(-1) + (0.0 if b2 is None else b2.double()[ids])
+        return y * (w if c.spec.weight_on == "output" else 1.0) * c.spec.scale
+
+    def adds(table: Tensor) -> moe.Hook:
+        return lambda h, order: h.add_(table[ids.flatten()[order.long()]].to(h.dtype))
+
+    def check(got: Tensor, want: Tensor, roundings: int = 1) -> None:
+        assert got.shape == want.shape and (got.double() - want).norm() / want.norm() < roundings * TOLERANCE[c.dtype]
+
+    def call(**options: Any) -> Tensor:
+        return moe.launch(x, ids, weights, w1, w2, b1, b2, c.spec, tiles, **options)
+
+    check(call(combine=False), wanted(False))
+    hooks = moe.Hooks(adds(added), adds(more))
+    check(call(hooks=hooks), wanted(True).sum(1), 2)
+    check(call(combine=False, hooks=hooks), wanted(True), 2)
+    want = wanted(False).sum(1)
+    assert call(out=x).data_ptr() == x.data_ptr()
+    check(x, want)
+
+
+STAGES = ["silu", "gpt_oss", "llama4", "none"]
+
+
+@needs_device
+@pytest.mark.parametrize("name", STAGES)
+def test_stages(name: str) -> None:
+    for tiles in (config(True), config(False), config(False, split=2)):
+        compare_stages(CASES[name], tiles)
 
 
 @needs_device

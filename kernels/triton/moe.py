@@ -4,12 +4,15 @@ Only the [T*k, I] activations and the [T*k, H] results pass through memory; rows
 For few rows there is no sort, and for k = 1 the second product writes the result itself: two to five launches.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from braze.kernels.expression import apply_torch
+from braze.kernels.reference import split_gate_up
 from braze.kernels.spec import MoeSpec
 from braze.kernels.triton import activation, compat
 from braze.kernels.triton.choose_config import Config, Problem, Tile, choose_config
@@ -18,6 +21,26 @@ from braze.kernels.triton.compat import Start
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_EXPERTS = 2046
 MAX_DIRECT_ROWS = 1024
+
+
+#: Called with rows [T*k, N], which it may change in place, and their order [T*k]: row r is slot order[r] % k of token
+#: order[r] // k. Rows without an expert come last and hold nothing.
+Hook = Callable[[Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What is called between the launches: a LoRA adds its products so.
+
+    gate_up: after the first product, its bias and a weight on the input, before the activation, which then is a step of its own
+    on rows in x's dtype. activated: before the second product.
+    """
+
+    gate_up: Hook | None = None
+    activated: Hook | None = None
+
+
+NO_HOOKS = Hooks()
 
 
 def supports(
@@ -71,15 +94,24 @@ def run(
     spec: MoeSpec,
     *,
     config: Config | None = None,
+    out: Tensor | None = None,
+    combine: bool = True,
+    hooks: Hooks = NO_HOOKS,
 ) -> Tensor:
     """`braze.kernels.reference.moe` on a GPU, accumulated in float32: x [T, H], ids and weights [T, k] -> [T, H].
 
-    config: tiles to use instead of the ones chosen. ValueError where `supports` has a reason.
+    config: tiles to use instead of the ones chosen. out: what the result is written to, which may be x. combine: False for
+    each slot's weighted result [T, k, H] instead of their sum. ValueError where `supports` has a reason, or out does not fit.
     """
     reason = supports(x, ids, weights, w1, w2, b1, b2, spec)
     if reason is not None:
         raise ValueError(f"moe: {reason}")
-    return launch(x, ids, weights, w1, w2, b1, b2, spec, config, overlap=compat.overlaps_launches(x.device))
+    shape = x.shape if combine else (*ids.shape, x.shape[1])
+    dtype = spec.out_dtype or x.dtype
+    if out is not None and (out.shape, out.dtype, out.is_contiguous()) != (shape, dtype, True):
+        raise ValueError(f"moe: the result needs a contiguous tensor {tuple(shape)} of {dtype} to be written to")
+    overlap = compat.overlaps_launches(x.device)
+    return launch(x, ids, weights, w1, w2, b1, b2, spec, config, out, combine, hooks, overlap=overlap)
 
 
 def problem(x: Tensor, ids: Tensor, w1: Tensor, w2: Tensor, spec: MoeSpec) -> Problem:
@@ -134,6 +166,9 @@ def launch(
     b2: Tensor | None,
     spec: MoeSpec,
     config: Config | None = None,
+    out: Tensor | None = None,
+    combine: bool = True,
+    hooks: Hooks = NO_HOOKS,
     *,
     start: Start = compat.start,
     overlap: bool = False,
@@ -141,27 +176,53 @@ def launch(
     """`run` without its checks, by whatever starts kernels; overlap: launches of the call may overlap."""
     tokens, k = ids.shape
     rows, hidden = tokens * k, x.shape[1]
-    dtype = spec.out_dtype or x.dtype
+    if out is None:
+        out = x.new_empty((tokens, hidden) if combine else (tokens, k, hidden), dtype=spec.out_dtype or x.dtype)
     if rows == 0:
-        return torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    if config is None:
-        config = choose_config(problem(x, ids, w1, w2, spec))
+        return out.zero_()
+    config = config or choose_config(problem(x, ids, w1, w2, spec))
+    if not combine:
+        config = replace(config, second=replace(config.second, split=1))
+    if hooks != NO_HOOKS:
+        config = replace(config, direct=False)
     up = w1.transpose(1, 2) if spec.transposed else w1
     down = w2.transpose(1, 2) if spec.transposed else w2
     ids, weights = ids.contiguous(), weights.contiguous()
     found = prepare(ids, w1.shape[0], config, start, overlap)
 
-    h = x.new_empty(1, rows, down.shape[2])
-    on_input = spec.weight_on == "input"
-    first = Product(x, up, b1, h, True, on_input, spec.layout, 1.0, config.first)
-    h = _product(first, found, weights, spec, config, start, overlap)
+    h = _activations(x, up, b1, found, weights, spec, config, hooks, start, overlap)
     split = config.second.split
-    alone = k == 1 and split == 1
+    alone = split == 1 and (k == 1 or not combine)
     # Partial sums are kept in float32; whole results of an expert are rounded as the result is.
-    y = x.new_empty(split, rows, hidden, dtype=torch.float32 if split > 1 else dtype)
-    second = Product(h[0], down, b2, y, False, not on_input, "none", spec.scale, config.second)
-    y = _product(second, found, weights, spec, config, start, overlap)
-    return y[0] if alone else _combine(y, x.new_empty(tokens, hidden, dtype=dtype), k, start, overlap)
+    y = (
+        out.view(1, rows, hidden)
+        if alone
+        else x.new_empty(split, rows, hidden, dtype=torch.float32 if split > 1 else out.dtype)
+    )
+    on_output = spec.weight_on == "output"
+    second = Product(h, down, b2, y, False, on_output, "none", spec.scale, config.second)
+    y = _product(second, found, weights, "", config, start, overlap)
+    return y.view(out.shape) if alone else _combine(y, out, k, start, overlap)
+
+
+def _activations(
+    x: Tensor, up: Tensor, bias: Tensor | None, found: Rows, weights: Tensor, spec: MoeSpec, config: Config, hooks: Hooks,
+    start: Start, overlap: bool,
+) -> Tensor:  # fmt: skip
+    """The first product and the activation [T*k, I], in the order of the call's rows."""
+    rows, columns = found.ids.numel(), up.shape[1]
+    first = Product(x, up, bias, x, True, spec.weight_on == "input", spec.layout, 1.0, config.first)
+    if hooks.gate_up is None:
+        first = replace(first, out=x.new_empty(1, rows, columns if spec.layout == "none" else columns // 2))
+        h = _product(first, found, weights, spec.activation, config, start, overlap)[0]
+    else:
+        first = replace(first, layout="none", out=x.new_empty(1, rows, columns))
+        raw = _product(first, found, weights, "g", config, start, overlap)[0]
+        hooks.gate_up(raw, found.order)
+        h = apply_torch(spec.activation, *split_gate_up(raw.float(), spec.layout)).to(x.dtype)
+    if hooks.activated is not None:
+        hooks.activated(h, found.order)
+    return h
 
 
 def prepare(ids: Tensor, experts: int, config: Config, start: Start, overlap: bool) -> Rows:
@@ -175,7 +236,7 @@ def prepare(ids: Tensor, experts: int, config: Config, start: Start, overlap: bo
 
 
 def _product(
-    p: Product, found: Rows, weights: Tensor, spec: MoeSpec, config: Config, start: Start, overlap: bool
+    p: Product, found: Rows, weights: Tensor, function: str, config: Config, start: Start, overlap: bool
 ) -> Tensor:
     import triton
 
@@ -227,7 +288,7 @@ def _product(
         "A_BLOCK": not p.first and not found.direct and compat.takes_block(p.a),
         "W_BLOCK": w_block,
     }
-    kernel = activation.bind(moe_gemm, spec.activation) if p.first else moe_gemm
+    kernel = activation.bind(moe_gemm, function) if p.first else moe_gemm
     overlap = overlap and not (p.first and found.direct)
     (out,) = start(
         kernel, (grid,), arguments, constants, ["out"], warps=tile.warps, stages=tile.stages, overlap=overlap

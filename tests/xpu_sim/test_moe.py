@@ -10,7 +10,7 @@ import torch
 from braze import xpu_sim
 from braze.kernels.triton import moe
 from braze.kernels.triton.choose_config import Config, Tile
-from tests.test_triton_moe import CASES, Case, compare, make
+from tests.test_triton_moe import CASES, STAGES, Case, compare, compare_stages, make
 
 TARGETS = ["pvc", "generic"]
 #: How rows are found and what is done to them have no code in common, and each kernel takes seconds to build.
@@ -47,6 +47,20 @@ def test_split_of_the_inner_dimension(target: str) -> None:
     with xpu_sim.device(target):
         compare(dataclasses.replace(CASES["on_input"], intermediate=160), narrow(True, split=4))
         compare(dataclasses.replace(CASES["llama4"], intermediate=160), narrow(False, split=2))
+
+
+@pytest.mark.parametrize(("target", "name"), zip(TARGETS * 2, STAGES, strict=True))
+def test_stages(target: str, name: str) -> None:
+    with xpu_sim.device(target):
+        compare_stages(CASES[name], narrow(False))
+
+
+def test_a_place_for_the_result_must_fit() -> None:
+    x, *rest = make(CASES["silu"])
+    with xpu_sim.device("pvc"):
+        for out in (x[1:], x.float(), torch.empty(64, 5, dtype=x.dtype).T):
+            with pytest.raises(ValueError, match=r"contiguous tensor \(5, 64\) of torch.bfloat16"):
+                moe.run(x, *rest, CASES["silu"].spec, out=out)
 
 
 def test_more_programs_than_one_sorts() -> None:
