@@ -32,6 +32,8 @@ docs: $(VENV)/.dev
 # From what benchmarks/*.py --json benchmarks/results/NAME.json measured.
 performance: $(VENV)/.dev
 	mkdir -p build
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
+	$(BIN)/python benchmarks/plot.py
 	$(BIN)/python benchmarks/report.py > build/performance.md && mv build/performance.md docs/performance.md
 
 # Takes most of an hour; what was measured is kept in build/support, so that it can go on where it was stopped.

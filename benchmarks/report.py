@@ -139,9 +139,13 @@ SECTIONS: Mapping[str, Callable[[Any], str]] = {
 
 
 def report() -> str:
-    files = {name: RESULTS / f"{name}.json" for name in SECTIONS}
-    sections = [SECTIONS[name](json.loads(file.read_text())) for name, file in files.items() if file.exists()]
-    return "\n".join((HEAD, *sections))
+    parts = [HEAD]
+    for name, section in SECTIONS.items():
+        file, plot = RESULTS / f"{name}.json", RESULTS / f"{name}.png"
+        if file.exists():
+            parts.append(section(json.loads(file.read_text())))
+            parts += [f"![over the number of tokens](../benchmarks/results/{plot.name})\n"] if plot.exists() else []
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":
