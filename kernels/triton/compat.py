@@ -61,11 +61,12 @@ def takes_descriptor(x: Tensor) -> bool:
 def takes_block(x: Tensor, offset: int = 0) -> bool:
     """Whether an XPU can load blocks of x's last two dimensions, of stride 1 at the end: 16 bits, the base (and what lies
     `offset` elements behind it) aligned to 64 bytes, the pitch to 16, rows of at least 64 bytes (docs/xpu.md)."""
+    if platform(x.device) != "xpu":
+        return False
     size, pitch = x.element_size(), x.stride(-2) * x.element_size()
     bases = (_address(x), *(s * size for s in x.stride()[:-2]), offset * size)
     return (
-        platform(x.device) == "xpu"
-        and _have_block_pointers()
+        _have_block_pointers()
         and size == 2
         and x.stride(-1) == 1
         and all(base % BLOCK_ALIGNMENT == 0 for base in bases)
