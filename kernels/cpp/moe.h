@@ -314,7 +314,7 @@ inline void moe(const Problem& p, const Routing& r, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     Buffer<float> tile(TILE_ROWS * TILE_STRIDE), sums(most_tokens * TILE_STRIDE);
-    Buffer<uint32_t> panels(2 * panel);
+    Buffer<uint32_t> panels(PANELS * panel);
     const Workspace space{tile.data, panels.data};
     Rows rows;
     rows.reserve(most_rows);

@@ -2,38 +2,38 @@
 // where that is the faster one), which stays in L2 while all rows pass over it.
 
 #if BRAZE_TRANSPOSED
+constexpr int ROWS_AHEAD = 8;  // rows of weights between what is loaded and what is prefetched
+
 // Rows of the weight are runs of columns already: widen them, or interleave two for pairs along K.
-inline void pack(const Matrix& w, Columns columns, uint32_t* panel) {
-  const Weight* src = w.column(columns.first);
+template <bool Whole>
+inline void pack_units(const Matrix& w, const Weight* row, int64_t u, int64_t columns, uint32_t* panel) {
 #if BRAZE_PAIRED
-  const int64_t units = (w.k + UNIT - 1) / UNIT;
-  const __mmask32 valid = (__mmask32)((uint64_t(1) << columns.count) - 1);
-  for (int64_t u = 0; u < units; ++u, panel += NR) {
-    const __m512i even = _mm512_maskz_loadu_epi16(valid, src + 2 * u * w.stride);
-    const __m512i odd = _mm512_maskz_loadu_epi16(2 * u + 1 < w.k ? valid : 0, src + (2 * u + 1) * w.stride);
-    prefetch(src + (2 * u + 16) * w.stride);
-    prefetch(src + (2 * u + 17) * w.stride);
-    const __m512i lo = _mm512_or_si512(
-        _mm512_cvtepu16_epi32(_mm512_castsi512_si256(even)),
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(odd)), 16));
-    const __m512i hi = _mm512_or_si512(
-        _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(even, 1)),
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(odd, 1)), 16));
-    _mm512_storeu_si512(panel, lo);
-    _mm512_storeu_si512(panel + L, hi);
-  }
+  const __mmask32 valid = (__mmask32)((uint64_t(1) << columns) - 1);
+  const __m512i even = _mm512_maskz_loadu_epi16(valid, row);
+  const __m512i odd = _mm512_maskz_loadu_epi16(2 * u + 1 < w.k ? valid : 0, row + w.stride);
+  const auto pairs = [](__m256i a, __m256i b) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+  };
+  _mm512_storeu_si512(panel, pairs(_mm512_castsi512_si256(even), _mm512_castsi512_si256(odd)));
+  _mm512_storeu_si512(panel + L, pairs(_mm512_extracti64x4_epi64(even, 1), _mm512_extracti64x4_epi64(odd, 1)));
 #else
-  for (int64_t k = 0; k < w.k; ++k) {
-    const Weight* row = src + k * w.stride;
-    uint32_t* dst = panel + k * NR;
-    prefetch(row + 16 * w.stride);
-    for (int half = 0; half < 2; ++half) {
-      const int left = std::clamp<int>(columns.count - half * L, 0, L);
-      const V v = left == L ? load_wide(row + half * L) : load_wide(row + half * L, left);
-      v.store(dst + half * L);
-    }
-  }
+  const int left = static_cast<int>(columns);
+  (Whole ? load_wide(row) : load_wide(row, std::min(left, L))).store(panel);
+  (Whole ? load_wide(row + L) : load_wide(row + L, std::max(left - L, 0))).store(panel + L);
 #endif
+}
+
+// Panels `size` units apart are packed together, so that memory is read in long runs.
+inline void pack(const Matrix& w, Columns columns, uint32_t* panels, int64_t size) {
+  for (int64_t u = 0; u * UNIT < w.k; ++u) {
+    const Weight* row = w.column(columns.first) + u * UNIT * w.stride;
+    for (int i = 0; i < UNIT; ++i)
+      for (int64_t j = 0; j < columns.count; j += 64 / sizeof(Weight)) prefetch(row + (ROWS_AHEAD + i) * w.stride + j);
+    uint32_t* unit = panels + u * NR;
+    int64_t n = 0;
+    for (; n + NR <= columns.count; n += NR, unit += size) pack_units<true>(w, row + n, u, NR, unit);
+    if (n < columns.count) pack_units<false>(w, row + n, u, columns.count - n, unit);
+  }
 }
 #else
 constexpr int WORD = 4 / sizeof(Weight);  // weights in 4 bytes
@@ -48,31 +48,32 @@ inline void transpose_words(const Weight* src, int64_t pitch, int64_t valid, int
 }
 
 // L columns x L words are transposed at a time.
-inline void pack(const Matrix& w, Columns columns, uint32_t* panel) {
+inline void pack(const Matrix& w, Columns columns, uint32_t* panels, int64_t size) {
   const int64_t pitch = columns.step * w.stride;
-  for (int64_t n = 0; n < NR; n += L) {
-    const int64_t valid = std::clamp<int64_t>(columns.count - n, 0, L);
+  for (int64_t n = 0; n < columns.count; n += L) {
+    uint32_t* panel = panels + n / NR * size + n % NR;
+    const int64_t valid = std::min<int64_t>(columns.count - n, L);
     for (int64_t k = 0; k < w.k; k += L * WORD) {
       const int64_t elements = std::min<int64_t>(L * WORD, w.k - k);
-      const Weight* src = w.column(columns.first + (valid > 0 ? n : 0) * columns.step) + k;
+      const Weight* src = w.column(columns.first + n * columns.step) + k;
       for (int64_t j = 0; j < valid; ++j) prefetch(src + j * pitch + 2 * L * WORD);
       alignas(64) float words[L][L];
       transpose_words(src, pitch, valid, elements, &words[0][0], L);
       for (int u = 0; u < L; ++u) {
 #if BRAZE_SPLIT
         const __m512i both = _mm512_load_si512(words[u]);
-        part<0>(both).store(panel + (k + u) * NR + n);
-        part<1>(both).store(panel + (k + L + u) * NR + n);
+        part<0>(both).store(panel + (k + u) * NR);
+        part<1>(both).store(panel + (k + L + u) * NR);
 #else
         if (k + u * WORD >= w.k) break;
         if constexpr (UNIT == WORD) {
-          V::loadu(words[u]).store(panel + (k / UNIT + u) * NR + n);
+          V::loadu(words[u]).store(panel + (k / UNIT + u) * NR);
         } else {
           const Weight* pairs = reinterpret_cast<const Weight*>(words[u]);
           for (int i = 0; i < WORD && k + u * WORD + i < w.k; ++i) {
             alignas(64) Weight one[L];
             for (int j = 0; j < L; ++j) one[j] = pairs[j * WORD + i];
-            load_wide(one).store(panel + (k + u * WORD + i) * NR + n);
+            load_wide(one).store(panel + (k + u * WORD + i) * NR);
           }
         }
 #endif

@@ -4,7 +4,7 @@
 // Where a product leaves its results, and its panels; one a thread.
 struct Workspace {
   float* tile;       // [TILE_ROWS][TILE_STRIDE]
-  uint32_t* panels;  // [2][K / UNIT][NR]
+  uint32_t* panels;  // [PANELS][K / UNIT][NR]
 };
 
 // rows [count] times one or two groups of columns, group i of w[i]; it lies at tile[:, i * GROUP :]. `done(first, count)` is called
@@ -20,14 +20,12 @@ inline void multiply(
     return;
   }
   const int64_t size = (depth(w->k) + UNIT - 1) / UNIT * NR;
-  float* place[2];
+  float* place[PANELS];
   int panels = 0;
-  for (int g = 0; g < group_count; ++g)
-    for (int64_t n = 0; n < groups[g].count; n += NR) {
-      const int64_t step = groups[g].step;
-      pack(w[g], {groups[g].first + n * step, step, std::min<int64_t>(NR, groups[g].count - n)}, space.panels + panels * size);
-      place[panels++] = space.tile + g * GROUP + n;
-    }
+  for (int g = 0; g < group_count; ++g) {
+    pack(w[g], groups[g], space.panels + panels * size, size);
+    for (int64_t n = 0; n < groups[g].count; n += NR) place[panels++] = space.tile + g * GROUP + n;
+  }
   const int64_t tiles = (count + MR - 1) / MR;
   for (int64_t t = 0, first = 0; t < tiles; ++t) {
     const int m = (count - first + tiles - t - 1) / (tiles - t);
