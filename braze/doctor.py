@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 
+from braze.kernels.vendor import providers
+
 
 @dataclass(frozen=True)
 class Check:
@@ -35,6 +37,7 @@ def checks() -> list[Check]:
         *(Check(p, version(p) or "not installed") for p in ("transformers", "triton", "triton-xpu", "pyopencl")),
         _ipex(),
         _compiler(),
+        *(Check(f"op {name}", found) for name, found in providers.present()),
         *_devices(),
     ]
 

@@ -18,6 +18,8 @@ from braze.kernels.spec import MoeSpec, NormSpec, RopeSpec, RouteSpec
 from braze.kernels.triton import compat
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
+from braze.kernels.vendor import moe as vendor_moe
+from braze.kernels.vendor import route as vendor_route
 
 MOE_SCHEMA = (
     "(Tensor x, Tensor ids, Tensor weights, Tensor w1, Tensor w2, Tensor? b1=None, Tensor? b2=None, *, "
@@ -47,6 +49,16 @@ torch.library.define("braze::rope", ROPE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::rms_norm", NORM_SCHEMA, tags=_TAGS)
 torch.library.define("braze::route", ROUTE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::grouped_mm", "(Tensor x, Tensor w, Tensor offs) -> Tensor", tags=_TAGS)
+torch.library.define(
+    "braze::vendor_grouped_mm",
+    "(Tensor x, Tensor w, Tensor counts, Tensor? bias=None, *, str provider, str activation='') -> Tensor",
+    tags=_TAGS,
+)
+torch.library.define(
+    "braze::vendor_topk",
+    "(Tensor logits, int top_k, bool renorm, *, str provider) -> (Tensor weights, Tensor ids)",
+    tags=_TAGS,
+)
 
 
 def check_moe(x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, spec: MoeSpec) -> None:
@@ -232,3 +244,28 @@ def _grouped_mm_fake(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
 @torch.library.impl("braze::grouped_mm", "CompositeExplicitAutograd")
 def _grouped_mm(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
     return aten.grouped_mm_eager(x, w, offs)
+
+
+@torch.library.register_fake("braze::vendor_grouped_mm")
+def _vendor_grouped_mm_fake(
+    x: Tensor, w: Tensor, counts: Tensor, bias: Tensor | None = None, *, provider: str, activation: str = ""
+) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[1] // 2 if activation else w.shape[1])
+
+
+@torch.library.impl("braze::vendor_grouped_mm", "CompositeExplicitAutograd")
+def _vendor_grouped_mm(
+    x: Tensor, w: Tensor, counts: Tensor, bias: Tensor | None = None, *, provider: str, activation: str = ""
+) -> Tensor:
+    return vendor_moe.PROVIDERS[provider].grouped_mm(x, w, counts, bias, activation)
+
+
+@torch.library.register_fake("braze::vendor_topk")
+def _vendor_topk_fake(logits: Tensor, top_k: int, renorm: bool, *, provider: str) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
+
+
+@torch.library.impl("braze::vendor_topk", "CompositeExplicitAutograd")
+def _vendor_topk(logits: Tensor, top_k: int, renorm: bool, *, provider: str) -> tuple[Tensor, Tensor]:
+    return vendor_route.PROVIDERS[provider].topk(logits, top_k, renorm)

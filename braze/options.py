@@ -15,8 +15,8 @@ from braze.passes.sites import KINDS, Kind
 
 KERNELS: dict[Kind, tuple[str, ...]] = {
     "rope": ("auto", "pointwise", "triton"),
-    "moe": ("auto", "cpp", "triton", "aten"),
-    "router": ("auto", "cpp", "triton", "aten"),
+    "moe": ("auto", "cpp", "triton", "aten", "sgl_kernel", "vllm_xpu"),
+    "router": ("auto", "cpp", "triton", "aten", "sgl_kernel"),
 }
 
 #: name -> (type, default, what it does), in the order of the documentation
@@ -29,8 +29,8 @@ DOCUMENTED: dict[str, tuple[str, str, str]] = {
     "kernel": (
         "dict of kind to kernel", "{}",
         "Asks for a kernel instead of the best one, where it can run: "
-        '{"rope": "auto" | "pointwise" | "triton", "moe": "auto" | "cpp" | "triton" | "aten", '
-        '"router": "auto" | "cpp" | "triton" | "aten"}.',
+        '{"rope": "auto" | "pointwise" | "triton", "moe": "auto" | "cpp" | "triton" | "aten" | "sgl_kernel" | "vllm_xpu", '
+        '"router": "auto" | "cpp" | "triton" | "aten" | "sgl_kernel"}. The last ones are other projects\' (docs/vendor.md).',
     ),
 }  # fmt: skip
 

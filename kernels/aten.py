@@ -4,7 +4,7 @@ Experts: sort the T*k (token, slot) rows by expert, so that each expert's rows a
 with the activation between; undo the sort by its inverse permutation and add up each token's k rows.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,24 @@ from braze.kernels.spec import MoeSpec, RouteSpec
 
 rope = reference.rope  # the reference is already one fusible pass: slices, products, cat
 rms_norm = reference.rms_norm  # one reduction and a product, rounded once where models round in between
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The T*k (token, slot) rows sorted by expert. expert, perm: the expert, and the row before the sort, of each; ends [E]."""
+
+    expert: Tensor
+    perm: Tensor
+    ends: Tensor
+
+
+def sort_rows(ids: Tensor, experts: int) -> Rows:
+    """ids [T, k] -> rows whose blocks end at `ends`; those of no expert come last."""
+    flat = ids.reshape(-1)
+    flat = torch.where((flat < 0) | (flat >= experts), experts, flat)
+    expert, perm = torch.sort(flat, stable=True)
+    numbers = torch.arange(experts, device=ids.device, dtype=expert.dtype)
+    return Rows(expert, perm, torch.searchsorted(expert, numbers, right=True, out_int32=True))
 
 
 def moe(
@@ -28,33 +46,35 @@ def moe(
     spec: MoeSpec,
 ) -> Tensor:
     """As `braze.kernels.reference.moe`; products in x's dtype, all else in float32."""
-    tokens, k = ids.shape
-    experts = w1.shape[0]
-    flat = ids.reshape(-1)
-    flat = torch.where((flat < 0) | (flat >= experts), experts, flat)
-    expert, perm = torch.sort(flat, stable=True)
-    numbers = torch.arange(experts, device=x.device, dtype=expert.dtype)
-    ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)
-    w = weights.reshape(-1)[perm].float()[:, None]
-    valid = (expert < experts)[:, None]
-    bias_row = expert.clamp(max=experts - 1)
+    rows = sort_rows(ids, w1.shape[0])
+    h = _grouped_mm(x[rows.perm // ids.shape[1]], w1 if spec.transposed else w1.transpose(1, 2), rows.ends)
+    act = between(h, rows, weights, b1, spec)
+    y = _grouped_mm(act, w2 if spec.transposed else w2.transpose(1, 2), rows.ends)
+    return combine(y, rows, weights, b2, spec, x.dtype)
 
-    h = _grouped_mm(x[perm // k], w1 if spec.transposed else w1.transpose(1, 2), ends).float()
+
+def between(h: Tensor, rows: Rows, weights: Tensor, b1: Tensor | None, spec: MoeSpec) -> Tensor:
+    """The first product h [T*k, N] of sorted rows -> what the second one reads, in h's dtype."""
+    wide = h.float()
     if spec.weight_on == "input":
-        h = h * w
+        wide = wide * weights.reshape(-1)[rows.perm].float()[:, None]
     if b1 is not None:
-        h = h + b1[bias_row].float()
-    act = apply_torch(spec.activation, *reference.split_gate_up(h, spec.layout)).to(x.dtype)
-    y = _grouped_mm(act, w2 if spec.transposed else w2.transpose(1, 2), ends).float()
-    if b2 is not None:
-        y = y + b2[bias_row].float()
-    if spec.weight_on == "output":
-        y = y * w
-    y = torch.where(valid, y, 0.0)
+        wide = wide + b1[rows.expert.clamp(max=b1.shape[0] - 1)].float()
+    return apply_torch(spec.activation, *reference.split_gate_up(wide, spec.layout)).to(h.dtype)
 
-    inverse = torch.empty_like(perm).scatter(0, perm, torch.arange(tokens * k, device=x.device))
-    out = y[inverse].reshape(tokens, k, y.shape[1]).sum(1)
-    return (out if spec.scale == 1.0 else out * spec.scale).to(spec.out_dtype or x.dtype)
+
+def combine(y: Tensor, rows: Rows, weights: Tensor, b2: Tensor | None, spec: MoeSpec, dtype: torch.dtype) -> Tensor:
+    """The second product y [T*k, H] of sorted rows -> [T, H]; a row of no expert may hold anything."""
+    tokens, k = weights.shape
+    wide = y.float()
+    if b2 is not None:
+        wide = wide + b2[rows.expert.clamp(max=b2.shape[0] - 1)].float()
+    if spec.weight_on == "output":
+        wide = wide * weights.reshape(-1)[rows.perm].float()[:, None]
+    wide = torch.where((rows.expert < rows.ends.shape[0])[:, None], wide, 0.0)
+    inverse = torch.empty_like(rows.perm).scatter(0, rows.perm, torch.arange(tokens * k, device=y.device))
+    out = wide[inverse].reshape(tokens, k, y.shape[1]).sum(1)
+    return (out if spec.scale == 1.0 else out * spec.scale).to(spec.out_dtype or dtype)
 
 
 def _grouped_mm(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from braze.kernels.cpp.source import renamed
 from braze.kernels.triton.choose_config import user_folder
 from braze.kernels.triton.compat import Box
+from braze.kernels.vendor import providers
 
 __all__ = ["ops", "to_dtype"]  # of Inductor's loops
 HOOK = "post_grad_custom_pre_pass"
@@ -55,7 +56,7 @@ class GraphPass(CustomGraphPass):  # type: ignore[misc]
         keys = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.before]
         if None in keys:
             return None
-        return ("braze", source_key(), tuned_key(), self.key, versions(), *map(str, keys))
+        return ("braze", source_key(), tuned_key(), self.key, versions(), str(providers.present()), *map(str, keys))
 
 
 def no_modes() -> contextlib.AbstractContextManager[object]:

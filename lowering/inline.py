@@ -45,5 +45,6 @@ def inline_all(
             with last.graph.inserting_before(last):
                 new[node] = copy = last.graph.node_copy(node, lambda n: new[n])
             copy.meta = {**last.meta, "val": node.meta.get("val")}
+            copy.meta.pop("eager_input_vals", None)  # are those of the call, not of this node
     for call in reversed(calls):
         call.graph.erase_node(call)

@@ -9,7 +9,7 @@ from braze.kernels import aten
 from braze.kernels.spec import MoeSpec, RouteSpec
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
-from braze.lowering import cpp_call, inductor, rope_loops, rotations
+from braze.lowering import cpp_call, inductor, rope_loops, rotations, vendor
 from braze.lowering.choose import choose_moe, choose_rope, choose_route, choose_separate
 from braze.lowering.inline import inline, inline_all
 from braze.lowering.rotations import Turn
@@ -35,12 +35,12 @@ def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str
             if norm is not None:
                 rotations.open_norm(norm)
         elif call.target.name() == "braze::route":  # type: ignore[union-attr]
-            kernel, why = choose_route(call, forced.get("router", "auto"))
+            kernel, why = vendor.choose(call, "router", forced.get("router", "auto"), choose_route)
             _apply_route(call, kernel)
         elif call.target.name() == "braze::moe_separate":  # type: ignore[union-attr]
             kernel, why = choose_separate(call)
         else:
-            kernel, why = choose_moe(call, forced.get("moe", "auto"))
+            kernel, why = vendor.choose(call, "moe", forced.get("moe", "auto"), choose_moe)
             _apply_moe(call, kernel)
         choices.append((kernel, why))
     for group in rotations.pairs(turns):
@@ -51,7 +51,10 @@ def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str
 
 
 def _apply_moe(call: fx.Node, kernel: str) -> None:
-    if kernel == "aten":
+    by_vendor = vendor.composed("moe", kernel)
+    if by_vendor is not None:
+        inline(call, by_vendor, inductor.decompositions())
+    elif kernel == "aten":
         inline(call, _compose_moe, inductor.decompositions())
     elif kernel == "triton" and all(isinstance(s, int) for s in call.meta["val"].shape):
         # Tiles are chosen by the number of tokens: where that is known, the launches become a part of the graph.
@@ -59,7 +62,10 @@ def _apply_moe(call: fx.Node, kernel: str) -> None:
 
 
 def _apply_route(call: fx.Node, kernel: str) -> None:
-    if kernel == "aten":
+    by_vendor = vendor.composed("router", kernel)
+    if by_vendor is not None:
+        _inline_results(call, by_vendor)
+    elif kernel == "aten":
         _inline_results(call, _compose_route)
     elif kernel == "triton":
         _inline_results(call, _launch_route)
