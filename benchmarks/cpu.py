@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 Run = Callable[[Tensor], Any]
 STOCK = ("grouped_mm", "batched_mm", "eager")
+PROBE = 1024  # rows and columns of the dense product that stands for what the machine can do
 CALM = 7  # undisturbed calls of each form that a cell is measured for
 PATIENCE = 4  # times a cell's seconds after which it is left with fewer
 GATHERED = 2 << 30  # bytes of gathered weights above which batched_mm is not tried: it never wins there
@@ -103,6 +104,21 @@ class Machine:
 
     flops: float
     read: float
+
+    def best(self, other: "Machine") -> "Machine":
+        return Machine(max(self.flops, other.flops), max(self.read, other.read))
+
+
+class Probes:
+    """What the machine can do, measured in the rounds of a cell: what disturbs one disturbs the other."""
+
+    def __init__(self, dtype: torch.dtype, weight_bytes: int) -> None:
+        self.product = torch.randn(PROBE, PROBE).to(dtype)
+        self.weights = torch.ones(weight_bytes // 4)
+
+    def measure(self) -> Machine:
+        flops = 2 * PROBE**3 / clock(torch.mm, self.product, self.product).seconds
+        return Machine(flops, 4 * self.weights.numel() / clock(torch.sum, self.weights).seconds)
 
 
 def build(shape: Shape, dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -193,8 +209,10 @@ def check(calls: Mapping[str, Run], exact: Run, inputs: Sequence[Tensor]) -> Non
             raise RuntimeError(f"{name} is off by {error:.3g}")
 
 
-def medians(calls: Mapping[str, Run], inputs: Sequence[Tensor], seconds: float) -> tuple[dict[str, float], int]:
-    """Median seconds of each form that is not hopeless, and the least number of undisturbed calls.
+def medians(
+    calls: Mapping[str, Run], inputs: Sequence[Tensor], probes: Probes, seconds: float
+) -> tuple[dict[str, float], int, Machine]:
+    """Median seconds of each form that is not hopeless, the least number of undisturbed calls, the best of the probes.
 
     Called in turn for `seconds`, and on until each form had CALM undisturbed calls, but not for PATIENCE times as long.
     """
@@ -202,6 +220,7 @@ def medians(calls: Mapping[str, Run], inputs: Sequence[Tensor], seconds: float) 
     best = min(t for name, t in first.items() if name != "braze")
     kept = {name: call for name, call in calls.items() if name == "braze" or first[name] <= HOPELESS * best}
     times: dict[str, list[Timing]] = {name: [] for name in kept}
+    machine = probes.measure()
     begin = time.perf_counter()
     while (
         (spent := time.perf_counter() - begin) < seconds
@@ -211,7 +230,12 @@ def medians(calls: Mapping[str, Run], inputs: Sequence[Tensor], seconds: float) 
         for place, (name, call) in enumerate(kept.items()):  # others' inputs: none finds the weights it needs just read
             x = inputs[(len(times[name]) + place * (len(inputs) // len(kept))) % len(inputs)]
             times[name].append(clock(call, x))
-    return {name: statistics.median(undisturbed(t)) for name, t in times.items()}, min(map(calm, times.values()))
+        machine = machine.best(probes.measure())
+    return (
+        {name: statistics.median(undisturbed(t)) for name, t in times.items()},
+        min(map(calm, times.values())),
+        machine,
+    )
 
 
 def used_experts(layer: nn.Module, x: Tensor) -> int:
@@ -223,29 +247,16 @@ def used_experts(layer: nn.Module, x: Tensor) -> int:
     return seen[0]
 
 
-def measure_machine(dtype: torch.dtype, weight_bytes: int) -> Machine:
-    """The best of some tries."""
-
-    def best(call: Callable[[], object]) -> float:
-        return min(clock(call).seconds for _ in range(15))
-
-    n = 1536
-    a, b, big = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype), torch.ones(weight_bytes // 4)
-    return Machine(2 * n**3 / best(lambda: a @ b), weight_bytes / best(big.sum))
-
-
-def measure(
-    name: str, shape: Shape, dtype: torch.dtype, token_counts: Sequence[int], seconds: float
-) -> tuple[list[Cell], Machine]:
+def measure(name: str, shape: Shape, dtype: torch.dtype, token_counts: Sequence[int], seconds: float) -> list[Cell]:
     layers = build(shape, dtype)
     weight_bytes = shape.experts * shape.expert_elements() * dtype.itemsize
-    machine, cells = measure_machine(dtype, weight_bytes), []
+    probes, cells = Probes(dtype, weight_bytes), []
     exact = copy.deepcopy(layers["eager"]).double()
     for tokens in token_counts:
         inputs = [torch.randn(1, tokens, shape.hidden).to(dtype) for _ in range(8)]
         calls = providers(layers, shape, tokens, dtype)
         check(calls, exact, inputs[: 8 if tokens < 64 else 1])
-        found, calls_undisturbed = medians(calls, inputs, seconds)
+        found, calls_undisturbed, machine = medians(calls, inputs, probes, seconds)
         peer = min((n for n in found if n != "braze"), key=found.__getitem__)
         used = statistics.mean(used_experts(layers["eager"], x) for x in inputs)
         median = found["braze"]
@@ -259,7 +270,7 @@ def measure(
                 calls_undisturbed,
             )
         )  # fmt: skip
-    return cells, machine
+    return cells
 
 
 def geomean(values: Sequence[float]) -> float:
@@ -301,17 +312,18 @@ def write_csv(path: Path, cells: Sequence[Cell]) -> None:
 
 
 def growth(folder: Path, seconds: float, console: Console) -> None:
-    """Time over tokens (1 to 4096) and over experts (8 to 256): growth.csv, and growth.png where matplotlib is."""
+    """Time over tokens (1 to 4096) and over experts (8 to 256): growth.csv and .json, and growth.png where matplotlib is."""
     base = Shape("qwen3_moe", "Qwen3MoeSparseMoeBlock", "Qwen3MoeConfig", 512, 32, 256, 8, {"norm_topk_prob": True})
-    by_tokens, _ = measure("by tokens", base, torch.bfloat16, [4**n for n in range(7)], seconds)
+    by_tokens = measure("by tokens", base, torch.bfloat16, [4**n for n in range(7)], seconds)
     by_experts = []
     for experts in (8, 16, 32, 64, 128, 256):
         shape = Shape(base.module, base.block, base.config, 512, experts, 256, 8, base.extra)
-        by_experts += measure("by experts", shape, torch.bfloat16, [32], seconds)[0]
+        by_experts += measure("by experts", shape, torch.bfloat16, [32], seconds)
     cells = by_tokens + by_experts
     console.print(table(cells, "growth: hidden 512, inner 256, top-8"))
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "growth.csv", cells)
+    (folder / "growth.json").write_text(json.dumps([asdict(c) for c in cells], indent=1) + "\n")
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -336,7 +348,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,8,128,512")
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--seconds", type=float, default=3.0, help="a cell's time, compilation not counted")
-    parser.add_argument("--growth", type=Path, metavar="FOLDER", help="instead: growth.csv and growth.png there")
+    parser.add_argument("--growth", type=Path, metavar="FOLDER", help="instead: growth.csv, .json and .png there")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     console = Console(width=130)
@@ -349,12 +361,9 @@ def main() -> None:
         cells: list[Cell] = []
         for dtype in (getattr(torch, n) for n in args.dtypes.split(",")):
             for name in names:
-                some, machine = measure(name, SHAPES[name], dtype, token_counts, 0.5 if args.quick else args.seconds)
+                some = measure(name, SHAPES[name], dtype, token_counts, 0.5 if args.quick else args.seconds)
                 cells += some
-                title = (
-                    f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; the machine's own: "
-                    f"{machine.flops / 1e9:.0f} GFLOP/s, {machine.read / 1e9:.0f} GB/s"
-                )
+                title = f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
                 console.print(table(some, title))
                 if args.json:
                     args.json.write_text(json.dumps([asdict(c) for c in cells], indent=1) + "\n")
