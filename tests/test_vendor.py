@@ -77,16 +77,16 @@ def run(f: Any, kernel: dict[str, str], *args: Tensor) -> tuple[Any, tuple[str, 
 
 
 def experts(transposed: bool, biases: bool, layout: str = "halves", dtype: torch.dtype = BF16, count: int = 8) -> Any:
-    """x, ids of which some name no expert, weights, and experts of hidden size 48 and inner size 32."""
+    """x, ids of which some name no expert, weights, and experts of hidden size 64 and inner size 32."""
     gen = torch.Generator().manual_seed(0)
     rand = lambda *s: (torch.randn(s, generator=gen) / 4).to(dtype)  # noqa: E731
     columns = 32 if layout == "none" else 64
-    x, w1, w2 = rand(11, 48) * 4, rand(count, columns, 48), rand(count, 48, 32)
+    x, w1, w2 = rand(11, 64) * 4, rand(count, columns, 64), rand(count, 64, 32)
     if transposed:
         w1, w2 = w1.transpose(1, 2).contiguous(), w2.transpose(1, 2).contiguous()
     weights, ids = torch.rand(11, count, generator=gen).topk(3)
     ids[2, 1], ids[7, 0] = -1, count
-    b1, b2 = (rand(count, columns), rand(count, 48)) if biases else (None, None)
+    b1, b2 = (rand(count, columns), rand(count, 64)) if biases else (None, None)
     return x, ids, weights, w1, w2, b1, b2
 
 
@@ -166,6 +166,8 @@ def test_reasons_of_sgl_kernel(sgl: list[Any], monkeypatch: pytest.MonkeyPatch) 
     apart = torch.cat((w1, w1), 1)[:, :64]
     assert "one after the other" in str(refusal("sgl_kernel", spec, (x, ids, weights, apart, w2, b1, b2)))
     assert "weights in torch.float32" in str(refusal("sgl_kernel", spec, (x, ids, weights, w1.float(), w2, b1, b2)))
+    shifted = torch.cat((w2.flatten(), w2.flatten()))[16 : 16 + w2.numel()].view(w2.shape)
+    assert "begin at 64 bytes" in str(refusal("sgl_kernel", spec, (x, ids, weights, w1, shifted, b1, b2)))
     monkeypatch.setitem(compat.simulated, "cpu", compat.Simulated("xpu", "pvc", 64))
     assert "made for Xe2 GPUs, not for pvc" in str(refusal("sgl_kernel", spec, experts(False, False)))
 
@@ -178,8 +180,10 @@ def test_reasons_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "not bfloat16 or float16" in str(refusal("vllm_xpu", spec, experts(True, False, dtype=torch.float32)))
         assert "do not lie as [E, K, N]" in str(refusal("vllm_xpu", MoeSpec(), experts(False, False)))
         x, ids, weights, w1, w2, b1, b2 = experts(True, False)
+        odd = w1[:, :, :40].contiguous()
+        assert "multiple of 32" in str(refusal("vllm_xpu", spec, (x, ids, weights, odd, w2, b1, b2)))
         narrow = w1[:, :, :60].contiguous()
-        assert "60 and 48 columns" in str(refusal("vllm_xpu", spec, (x, ids, weights, narrow, w2, b1, b2)))
+        assert "60 and 64 columns" in str(refusal("vllm_xpu", spec, (x, ids, weights, narrow, w2, b1, b2)))
         monkeypatch.setitem(compat.simulated, "cpu", compat.Simulated("xpu", "pvc", 64))
         assert "made for Xe2 GPUs, not for pvc" in str(refusal("vllm_xpu", spec, experts(True, False)))
 

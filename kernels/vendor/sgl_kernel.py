@@ -10,7 +10,7 @@ from torch import Tensor
 from braze.kernels.spec import MoeSpec, RouteSpec
 from braze.kernels.triton import compat
 from braze.kernels.vendor import activation as same_function
-from braze.kernels.vendor import detect
+from braze.kernels.vendor import blocks, detect
 
 GROUPED_MM = detect.Op(
     "sgl_kernel", "moe_grouped_mm_nt_xe20",
@@ -51,6 +51,7 @@ def moe_refusal(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, spec: MoeS
             all(_rows_of_k(w) for w in views),
             "weights that do not lie as [E, N, K] with whole experts one after the other",
         ),
+        (blocks.aligned(w1, w2), "weights that do not begin at 64 bytes, or with a side that is no multiple of 32"),
     )
     return next((reason for fine, reason in checks if not fine), None)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from braze.kernels.spec import MoeSpec
 from braze.kernels.triton import compat
-from braze.kernels.vendor import detect
+from braze.kernels.vendor import blocks, detect
 
 _QUANTIZED = "int N, int K, int num_experts, bool is_B_int4, bool is_B_mxfp4"
 GROUPED_MM = detect.Op(
@@ -39,6 +39,7 @@ def moe_refusal(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, spec: MoeS
         (x.dtype in DTYPES, f"rows in {x.dtype}, not bfloat16 or float16"),
         (all(n % 8 == 0 for n in columns), f"products with {columns[0]} and {columns[1]} columns, not multiples of 8"),
         (all(w.is_contiguous() for w in products), "weights that do not lie as [E, K, N], contiguous"),
+        (blocks.aligned(w1, w2), "weights that do not begin at 64 bytes, or with a side that is no multiple of 32"),
     )
     return next((reason for fine, reason in checks if not fine), None)
 
