@@ -63,26 +63,52 @@ class Shape:
         return [self.tokens(count) for _ in range(max(2, min(16, 8 * L2_BYTES // read)))]
 
 
-def graph_time(function: Callable[..., Any], sets: Sequence[tuple[Any, ...]], repeats: int) -> float:
-    """Microseconds a call: the median over replays of one CUDA graph that calls the function on each set."""
+def captured(function: Callable[..., Any], sets: Sequence[tuple[Any, ...]], pool: Any = None) -> torch.cuda.CUDAGraph:
+    """A CUDA graph that calls the function on each set, replayed once."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         function(*sets[0])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         for inputs in sets:
             function(*inputs)
     graph.replay()
-    times: list[float] = []
+    return graph
+
+
+def replay_time(graph: torch.cuda.CUDAGraph) -> float:
+    """Microseconds of one replay."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def graph_time(function: Callable[..., Any], sets: Sequence[tuple[Any, ...]], repeats: int) -> float:
+    """Microseconds a call: the median over replays of one CUDA graph that calls the function on each set."""
+    graph = captured(function, sets)
+    return statistics.median(replay_time(graph) for _ in range(repeats)) / len(sets)
+
+
+def graph_times(functions: Sequence[Callable[..., Any]], sets: Sequence[tuple[Any, ...]], repeats: int) -> list[float]:
+    """`graph_time` of each function, infinite where it fails, their replays taken in turn: a GPU that has become warm
+    is slower by more than tiles differ."""
+    pool = torch.cuda.graph_pool_handle()
+    graphs: list[torch.cuda.CUDAGraph | None] = []
+    for function in functions:
+        try:
+            graphs.append(captured(function, sets, pool))
+        except Exception:  # too much shared memory, say
+            torch.cuda.synchronize()
+            graphs.append(None)
+    times: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(sets))
-    return statistics.median(times)
+        for taken, graph in zip(times, graphs, strict=True):
+            taken.append(replay_time(graph) / len(sets) if graph is not None else float("inf"))
+    return [statistics.median(taken) for taken in times]
 
 
 def tile_rows(p: Problem) -> list[int]:
@@ -94,7 +120,7 @@ def tile_rows(p: Problem) -> list[int]:
 
 def tiles(rows: int, direct: bool) -> list[Tile]:
     """Tiles worth measuring for `rows` rows."""
-    few = [(128, 128, 8, 3), (64, 256, 4, 3), (32, 256, 4, 3), (64, 128, 4, 4), (64, 128, 4, 5)]
+    few = [(128, 128, 8, 3), (64, 256, 4, 3), (32, 256, 4, 3), (64, 128, 4, 4), (64, 128, 4, 5), (32, 128, 4, 4)]
     if rows == 16:
         pointers = [Tile(*t, group=1) for t in few]
         boxes = [(64, 128, 4, 4), (128, 128, 4, 4), (64, 256, 4, 3), (128, 128, 8, 4)]
@@ -107,9 +133,14 @@ def tiles(rows: int, direct: bool) -> list[Tile]:
         found = [Tile(*t, descriptors=True) for t in boxes]
         found += [Tile(128, 64, 4, 4, programs=2, descriptors=True), Tile(256, 64, 4, 4, programs=1, descriptors=True)]
     else:
-        boxes = [(256, 64, 8, 3), (256, 64, 8, 4), (128, 64, 4, 3), (128, 128, 8, 3)]
-        found = [Tile(*t, programs=n, descriptors=True) for t in boxes for n in (0, 1)]
-        found += [Tile(128, 64, 4, 3, programs=2, descriptors=True)]
+        wide = [(256, 64, 8, 3), (256, 64, 8, 4)]
+        found = [Tile(*t, group=16, descriptors=True, halves=h) for t in wide for h in (False, True)]
+        found += [Tile(*t, group=16, programs=1, descriptors=True) for t in wide]
+        found += [Tile(128, 64, 4, 3, group=16, descriptors=True, halves=h) for h in (False, True)]
+        found += [
+            Tile(128, 64, 4, 3, group=16, programs=2, descriptors=True),
+            Tile(128, 128, 8, 3, group=16, descriptors=True),
+        ]
     if direct:
         found = [t for t in found if not t.programs]
     return [t for t in found if (rows + t.columns) * t.inner * 2 * t.stages <= SHARED_BYTES]
@@ -124,15 +155,10 @@ def sweeps(p: Problem) -> list[tuple[list[Config], list[Config]]]:
                 continue
             choices = tiles(rows, direct)
             splits = (1, 2, 4) if direct and p.tokens <= 8 else (1,)
-            groups = (8, 16, 32) if p.tokens >= 2048 else (choices[0].group,)
             base = choices[0]
-            first = [Config(rows, direct, replace(t, group=g), base) for t in choices for g in groups]
-            second = [
-                Config(rows, direct, base, replace(t, split=s, group=g))
-                for t in choices
-                for s in splits
-                for g in groups
-            ]
+            copies = (False, True) if rows == 128 else (False,)
+            first = [Config(rows, direct, t, base, permute) for t in choices for permute in copies]
+            second = [Config(rows, direct, base, replace(t, split=s)) for t in choices for s in splits]
             found.append((first, second))
     return found
 
@@ -167,26 +193,22 @@ def compile_ahead(jobs: Sequence[tuple[Shape, int, list[Config]]], processes: in
             pass
 
 
-def best(shape: Shape, tokens: int, weights: tuple[Tensor, Tensor], repeats: int = 7) -> tuple[Config, float]:
+def best(shape: Shape, tokens: int, weights: tuple[Tensor, Tensor], repeats: int = 9) -> tuple[Config, float]:
     """The fastest config of this many tokens, and its time in microseconds."""
     sets = shape.sets(tokens)
     w1, w2 = weights
 
-    def time(config: Config, repeats: int = repeats) -> float:
-        try:
-            return graph_time(
-                lambda x, ids, w: moe.run(x, ids, w, w1, w2, None, None, shape.spec, config=config), sets, repeats
-            )
-        except Exception:  # too much shared memory, say
-            torch.cuda.synchronize()
-            return float("inf")
+    def call(config: Config) -> Callable[..., Any]:
+        return lambda x, ids, w: moe.run(x, ids, w, w1, w2, None, None, shape.spec, config=config)
+
+    def ranked(configs: Sequence[Config], repeats: int) -> list[tuple[float, int]]:
+        return sorted(zip(graph_times([call(c) for c in configs], sets, repeats), range(len(configs)), strict=True))
 
     finals = []
     for firsts, seconds in sweeps(problem(shape, tokens)):
-        a, b = (sorted(configs, key=time)[:2] for configs in (firsts, seconds))
+        a, b = ([configs[n] for _, n in ranked(configs, repeats)[:2]] for configs in (firsts, seconds))
         finals += [replace(x, second=y.second) for x in a for y in b]
-    timed = [(time(config, 2 * repeats), n) for n, config in enumerate(finals)]
-    taken, n = min(timed)
+    taken, n = ranked(finals, 2 * repeats)[0]
     return finals[n], taken
 
 

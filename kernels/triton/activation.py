@@ -68,7 +68,8 @@ def source(text: str) -> str:
 
 @lru_cache(maxsize=256)
 def bind(kernel: Any, text: str) -> Any:
-    """A copy of a @triton.jit kernel whose global `activation` is this one, a function of float32 blocks g and u."""
+    """A copy of a @triton.jit kernel whose global `activation` is this one, a function of float32 blocks g and u; so it is in
+    the functions that the kernel calls."""
     import triton
     import triton.language as tl
 
@@ -77,10 +78,22 @@ def bind(kernel: Any, text: str) -> Any:
     linecache.cache[file] = (len(code), None, code.splitlines(keepends=True), file)  # where triton.jit reads it
     namespace: dict[str, Any] = {"tl": tl, "__name__": "braze.activation"}
     exec(compile(code, file, "exec"), namespace)
-    fn = kernel.fn
-    copy = types.FunctionType(
-        fn.__code__, {**fn.__globals__, "activation": triton.jit(namespace["activation"])}, fn.__name__
-    )
+    return _bound(kernel, triton.jit(namespace["activation"]))
+
+
+def _bound(function: Any, activation: Any) -> Any:
+    """The @triton.jit function with `activation` in place of its own global, and of those of what it calls."""
+    import triton
+
+    fn = function.fn
+    replaced = {}
+    for name in fn.__code__.co_names:
+        called = fn.__globals__.get(name)
+        if name == "activation":
+            replaced[name] = activation
+        elif isinstance(called, triton.JITFunction) and "activation" in called.fn.__code__.co_names:
+            replaced[name] = _bound(called, activation)
+    copy = types.FunctionType(fn.__code__, {**fn.__globals__, **replaced}, fn.__name__)
     copy.__module__, copy.__qualname__, copy.__doc__ = fn.__module__, fn.__qualname__, fn.__doc__
     copy.__annotations__ = fn.__annotations__
     return triton.jit(copy)

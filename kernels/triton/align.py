@@ -23,9 +23,9 @@ TILES = 32  # tiles that a program describes together
 
 @dataclass(frozen=True)
 class Alignment:
-    """order [S]: rows sorted by expert. tiles [2 + 3*limit] int32: how many tiles have an expert, how many there are with
-    those that have none, then each one's expert, its first position in `order`, and its number of rows. limit: a bound on
-    the number of tiles, from what the host knows."""
+    """order [S]: rows sorted by expert. tiles [2 + 4*limit] int32: how many tiles have an expert, how many there are with
+    those that have none, then each one's expert, the expert's first position in `order` and the one behind its last, and
+    the expert's first tile. limit: a bound on the number of tiles, from what the host knows."""
 
     order: Tensor
     tiles: Tensor
@@ -87,7 +87,7 @@ def moe_scan(
 @triton.jit
 def moe_place(
     ids, table, order, tiles, rows, experts, limit,
-    CHUNK: tl.constexpr, BINS: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr, OVERLAP: tl.constexpr,
+    CHUNK: tl.constexpr, BINS: tl.constexpr, TILES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Each program puts CHUNK rows in their places, and describes every so many TILES tiles."""
     if OVERLAP:
@@ -104,13 +104,13 @@ def moe_place(
         tile_end = tl.load(table + 3 * BINS + tl.arange(0, BINS))
         expert = tl.minimum(tl.sum((tile_end[None, :] <= tile[:, None]).to(tl.int32), 1), experts)
         live = tile < number
-        before = tl.load(table + 3 * BINS + expert - 1, mask=live & (expert > 0), other=0)
-        nth = tile - before
+        first = tl.load(table + 3 * BINS + expert - 1, mask=live & (expert > 0), other=0)
         begin = tl.load(table + BINS + expert, mask=live, other=0)
         total = tl.load(table + 2 * BINS + expert, mask=live, other=0)
         tl.store(tiles + 2 + tile, expert, mask=live)
-        tl.store(tiles + 2 + limit + tile, begin + nth * BM, mask=live)
-        tl.store(tiles + 2 + 2 * limit + tile, tl.minimum(total - nth * BM, BM), mask=live)
+        tl.store(tiles + 2 + limit + tile, begin, mask=live)
+        tl.store(tiles + 2 + 2 * limit + tile, begin + total, mask=live)
+        tl.store(tiles + 2 + 3 * limit + tile, first, mask=live)
 
 
 def align(ids: Tensor, experts: int, tile_rows: int, start: Start, overlap: bool) -> Alignment:
@@ -123,7 +123,7 @@ def align(ids: Tensor, experts: int, tile_rows: int, start: Start, overlap: bool
     parts = triton.cdiv(chunks, each) if counted else chunks
     limit = min(rows, rows // tile_rows + min(experts + 1, rows))
     table, order, tiles = (
-        torch.empty(n, dtype=torch.int32, device=ids.device) for n in (4 * bins, rows, 2 + 3 * limit)
+        torch.empty(n, dtype=torch.int32, device=ids.device) for n in (4 * bins, rows, 2 + 4 * limit)
     )
     programs = max(chunks, triton.cdiv(limit, TILES))
     counts = table
@@ -138,7 +138,7 @@ def align(ids: Tensor, experts: int, tile_rows: int, start: Start, overlap: bool
     )  # fmt: skip
     _, order, tiles = start(
         moe_place, (programs,), (ids, table, order, tiles, rows, experts, limit),
-        {"CHUNK": CHUNK, "BINS": bins, "TILES": TILES, "BM": tile_rows, "OVERLAP": overlap},
+        {"CHUNK": CHUNK, "BINS": bins, "TILES": TILES, "OVERLAP": overlap},
         ["table", "order", "tiles"], warps=4, overlap=overlap,
     )  # fmt: skip
     return Alignment(order, tiles, limit)

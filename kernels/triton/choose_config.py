@@ -20,8 +20,9 @@ LARGE = ("h100", "h200", "b200")  # 227 KiB of shared memory, tile copies in har
 
 @dataclass(frozen=True)
 class Tile:
-    """One product's tile. columns: of the weight, gate and up together; group: row tiles that share weights in L2;
-    split: stretches of the inner dimension; programs: for each processor, 0 for one a tile."""
+    """One product's tile. columns: of the weight, gate and up together; group: row tiles of an expert that share its weights
+    in L2; split: stretches of the inner dimension; programs: for each processor, 0 for one a tile; halves: tiles at most
+    half full have half the rows."""
 
     columns: int
     inner: int
@@ -31,21 +32,26 @@ class Tile:
     split: int = 1
     programs: int = 0
     descriptors: bool = False
+    halves: bool = False
 
 
 @dataclass(frozen=True)
 class Config:
-    """rows: of both products' tiles; direct: rows are found from the ids, without a sort."""
+    """rows: of both products' tiles; direct: rows are found from the ids, without a sort; permute: x's rows are copied in
+    the order of their experts first, so that tiles of them can be copied by hardware."""
 
     rows: int
     direct: bool
     first: Tile
     second: Tile
+    permute: bool = False
 
     @staticmethod
     def of(data: Mapping[str, Any]) -> "Config":
         """From JSON, the inverse of `dataclasses.asdict`."""
-        return Config(data["rows"], data["direct"], Tile(**data["first"]), Tile(**data["second"]))
+        return Config(
+            data["rows"], data["direct"], Tile(**data["first"]), Tile(**data["second"]), data.get("permute", False)
+        )
 
 
 @dataclass(frozen=True)
@@ -124,8 +130,8 @@ def model(p: Problem) -> Config:
     if each <= 100:
         tile = Tile(128, 64, 4, 4, descriptors=True)
         return Config(64, False, tile, tile)
-    first = Tile(256, 64, 8, 4, programs=1, descriptors=True)
-    return Config(128, False, first, Tile(256, 64, 8, 3, descriptors=True))
+    first = Tile(256, 64, 8, 4, group=16, programs=1, descriptors=True)
+    return Config(128, False, first, Tile(256, 64, 8, 3, group=16, descriptors=True))
 
 
 def _streaming(p: Problem, active: int) -> tuple[Tile, Tile]:

@@ -187,8 +187,16 @@ def start(
     stages: int | None = None,
     overlap: bool = False,
 ) -> list[Tensor]:
-    """A launch at once. What was compiled for such arguments is found by a short key: at one token, Triton's own way from
-    a call to a launch, which looks at every argument again, takes longer than the kernel."""
+    """A launch at once."""
+    return launched(kernel, grid, args, constants, writes, warps, stages, overlap)[1]
+
+
+def launched(
+    kernel: Any, grid: tuple[Any, ...], args: tuple[Any, ...], constants: Mapping[str, Any], writes: Sequence[str],
+    warps: int, stages: int | None, overlap: bool,
+) -> tuple[Any, list[Tensor]]:  # fmt: skip
+    """(the compiled kernel, what it writes) after a launch. What was compiled for such arguments is found by a short key:
+    Triton's own way from a call to a launch, which looks at every argument again, takes longer than a token's kernels."""
     written = [args[kernel.arg_names.index(name)] for name in writes]
     options = (
         {"num_warps": warps} | ({"num_stages": stages} if stages else {}) | ({"launch_pdl": True} if overlap else {})
@@ -200,11 +208,11 @@ def start(
     compiled = _compiled.get(key)
     if compiled is not None:
         compiled[(*grid, 1, 1)[:3]](*given, *constants.values())
-        return written
+        return compiled, written
     compiled = kernel[grid](*given, **constants, **options)
     if key is not None:
         _compiled[key] = compiled
-    return written
+    return compiled, written
 
 
 def _specialized(value: Any) -> Any:
@@ -217,7 +225,12 @@ def _specialized(value: Any) -> Any:
 
 
 def _descriptor(box: Box) -> Any:
+    x = box.tensor
+    return tensor_descriptor(x, list(x.shape), list(x.stride()), list(box.block))
+
+
+def tensor_descriptor(base: Any, shape: list[int], strides: list[int], block: list[int]) -> Any:
+    """Triton's descriptor; base: a tensor, or what has its data_ptr() and dtype."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    x = box.tensor
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(box.block))
+    return TensorDescriptor(base, shape, strides, block)

@@ -14,7 +14,7 @@ from torch import Tensor
 from braze.kernels.expression import apply_torch
 from braze.kernels.reference import split_gate_up
 from braze.kernels.spec import MoeSpec
-from braze.kernels.triton import activation, compat
+from braze.kernels.triton import activation, compat, plan
 from braze.kernels.triton.choose_config import Config, Problem, Tile, choose_config
 from braze.kernels.triton.compat import Start
 
@@ -55,22 +55,23 @@ def supports(
 ) -> str | None:
     """Why `run` can't take these tensors (fake ones too), in words; None where it can. Shapes as for `run`."""
     biases = [b for b in (b1, b2) if b is not None]
-    checks = (
-        (compat.HAVE_TRITON, "Triton is not installed"),
-        (compat.platform(x.device) in ("cuda", "xpu"), f"Triton has no {x.device.type} backend here"),
-        (x.dtype in DTYPES, f"rows in {x.dtype}"),
-        (w1.dtype == w2.dtype == x.dtype, f"weights in {w1.dtype} and {w2.dtype} for rows in {x.dtype}"),
-        ((spec.out_dtype or x.dtype) in DTYPES, f"a result in {spec.out_dtype}"),
-        (ids.dtype in (torch.int32, torch.int64), f"ids in {ids.dtype}"),
-        (weights.dtype in DTYPES, f"router weights in {weights.dtype}"),
-        (all(b.dtype in DTYPES for b in biases), "biases that are no 16-bit or 32-bit floats"),
-        (x.stride(-1) == 1, "rows of x that are not contiguous"),
-        (all(w.stride(1) == 1 or w.stride(2) == 1 for w in (w1, w2)), "weights with neither inner stride 1"),
-        (all(b.stride(-1) == 1 for b in biases), "biases that are not contiguous"),
-        (0 < w1.shape[0] <= MAX_EXPERTS, f"{w1.shape[0]} experts, not 1 to {MAX_EXPERTS}"),
-        (w1.shape[1] > 0 and w1.shape[2] > 0 and w2.shape[1] > 0, "weights without elements"),
+    # Text is made where it is needed: this is a part of every eager call.
+    checks: tuple[tuple[bool, Callable[[], str]], ...] = (
+        (compat.HAVE_TRITON, lambda: "Triton is not installed"),
+        (compat.platform(x.device) in ("cuda", "xpu"), lambda: f"Triton has no {x.device.type} backend here"),
+        (x.dtype in DTYPES, lambda: f"rows in {x.dtype}"),
+        (w1.dtype == w2.dtype == x.dtype, lambda: f"weights in {w1.dtype} and {w2.dtype} for rows in {x.dtype}"),
+        ((spec.out_dtype or x.dtype) in DTYPES, lambda: f"a result in {spec.out_dtype}"),
+        (ids.dtype in (torch.int32, torch.int64), lambda: f"ids in {ids.dtype}"),
+        (weights.dtype in DTYPES, lambda: f"router weights in {weights.dtype}"),
+        (all(b.dtype in DTYPES for b in biases), lambda: "biases that are no 16-bit or 32-bit floats"),
+        (x.stride(-1) == 1, lambda: "rows of x that are not contiguous"),
+        (all(1 in w.stride()[1:] for w in (w1, w2)), lambda: "weights with neither inner stride 1"),
+        (all(b.stride(-1) == 1 for b in biases), lambda: "biases that are not contiguous"),
+        (0 < w1.shape[0] <= MAX_EXPERTS, lambda: f"{w1.shape[0]} experts, not 1 to {MAX_EXPERTS}"),
+        (w1.shape[1] > 0 and w1.shape[2] > 0 and w2.shape[1] > 0, lambda: "weights without elements"),
     )
-    reason = next((reason for fine, reason in checks if not fine), None)
+    reason = next((reason() for fine, reason in checks if not fine), None)
     return reason or _activation_refusal(spec.activation)
 
 
@@ -103,15 +104,36 @@ def run(
     config: tiles to use instead of the ones chosen. out: what the result is written to, which may be x. combine: False for
     each slot's weighted result [T, k, H] instead of their sum. ValueError where `supports` has a reason, or out does not fit.
     """
+    given = (x, ids, weights, w1, w2, b1, b2, out)
+    plannable = x.device.type == "cuda" and hooks == NO_HOOKS
+    pointers = [0 if t is None else t.data_ptr() for t in given] if plannable else []
+    key = plan.signature(given, pointers, (spec, config, combine)) if plannable else None
+    kept = plan.find(key)
+    if kept is not None:
+        result = _result(x, ids, spec, combine) if out is None else out
+        kept.start([*pointers[:-1], result.data_ptr()], x.device)
+        return result
     reason = supports(x, ids, weights, w1, w2, b1, b2, spec)
     if reason is not None:
         raise ValueError(f"moe: {reason}")
-    shape = x.shape if combine else (*ids.shape, x.shape[1])
-    dtype = spec.out_dtype or x.dtype
-    if out is not None and (out.shape, out.dtype, out.is_contiguous()) != (shape, dtype, True):
+    result = _result(x, ids, spec, combine) if out is None else out
+    shape, dtype = (x.shape if combine else (*ids.shape, x.shape[1])), spec.out_dtype or x.dtype
+    if (result.shape, result.dtype, result.is_contiguous()) != (shape, dtype, True):
         raise ValueError(f"moe: the result needs a contiguous tensor {tuple(shape)} of {dtype} to be written to")
     overlap = compat.overlaps_launches(x.device)
-    return launch(x, ids, weights, w1, w2, b1, b2, spec, config, out, combine, hooks, overlap=overlap)
+    recorder = plan.Recorder((*given[:-1], result)) if key is not None else None
+    launch(
+        x, ids, weights, w1, w2, b1, b2, spec, config, result, combine, hooks,
+        start=recorder or compat.start, overlap=overlap,
+    )  # fmt: skip
+    if recorder is not None and ids.numel() > 0 and ids.is_contiguous() and weights.is_contiguous():
+        plan.keep(key, recorder.plan())
+    return result
+
+
+def _result(x: Tensor, ids: Tensor, spec: MoeSpec, combine: bool) -> Tensor:
+    shape = x.shape if combine else (*ids.shape, x.shape[1])
+    return x.new_empty(shape, dtype=spec.out_dtype or x.dtype)
 
 
 def problem(x: Tensor, ids: Tensor, w1: Tensor, w2: Tensor, spec: MoeSpec) -> Problem:
@@ -154,6 +176,7 @@ class Product:
     layout: str
     scale: float
     tile: Tile
+    gathers: bool = False  # a's rows lie in the order of tokens
 
 
 def launch(
@@ -177,7 +200,7 @@ def launch(
     tokens, k = ids.shape
     rows, hidden = tokens * k, x.shape[1]
     if out is None:
-        out = x.new_empty((tokens, hidden) if combine else (tokens, k, hidden), dtype=spec.out_dtype or x.dtype)
+        out = _result(x, ids, spec, combine)
     if rows == 0:
         return out.zero_()
     config = config or choose_config(problem(x, ids, w1, w2, spec))
@@ -211,7 +234,9 @@ def _activations(
 ) -> Tensor:  # fmt: skip
     """The first product and the activation [T*k, I], in the order of the call's rows."""
     rows, columns = found.ids.numel(), up.shape[1]
-    first = Product(x, up, bias, x, True, spec.weight_on == "input", spec.layout, 1.0, config.first)
+    gathers = found.direct or not config.permute
+    a = x if gathers else _permute(x, found, start, overlap)
+    first = Product(a, up, bias, x, True, spec.weight_on == "input", spec.layout, 1.0, config.first, gathers)
     if hooks.gate_up is None:
         first = replace(first, out=x.new_empty(1, rows, columns if spec.layout == "none" else columns // 2))
         h = _product(first, found, weights, spec.activation, config, start, overlap)[0]
@@ -253,13 +278,14 @@ def _product(
     w_rows = p.w.stride(2) == 1
     stored, box = _stored(p, cols, w_rows)
     w_desc = tile.descriptors and compat.takes_descriptor(stored)
-    a_desc = tile.descriptors and not p.first and not found.direct and compat.takes_descriptor(p.a)
+    a_desc = tile.descriptors and not p.gathers and not found.direct and compat.takes_descriptor(p.a)
     second_half = columns * p.w.stride(1) if p.layout == "halves" else 0
     w_block = compat.takes_block(p.w if w_rows else p.w.transpose(1, 2), second_half)
     grid = min(units, tile.programs * compat.processors(p.a.device)) if tile.programs else units
     arguments = (
         p.a, p.w, p.bias if p.bias is not None else p.w, weights, p.out, found.ids, found.order, found.tiles,
         compat.Box(p.a, (config.rows, tile.inner)) if a_desc else p.a,
+        compat.Box(p.a, (config.rows // 2, tile.inner)) if a_desc and tile.halves else p.a,
         compat.Box(stored, box) if w_desc else p.w,
         rows, columns, inner, experts, found.limit, span, p.scale,
         p.a.stride(0), p.w.stride(0), p.w.stride(1), p.w.stride(2),
@@ -267,6 +293,7 @@ def _product(
     )  # fmt: skip
     constants = {
         "TOP_K": found.ids.shape[1],
+        "GATHER": p.gathers,
         "BM": config.rows,
         "BN": tile.columns,
         "BK": tile.inner,
@@ -284,9 +311,10 @@ def _product(
         "W_ROWS": w_rows,
         "PRECISION": compat.dot_precision(p.a),
         "OVERLAP": overlap,
-        "FLATTEN": tile.programs > 0,
-        "A_BLOCK": not p.first and not found.direct and compat.takes_block(p.a),
+        "FLATTEN": tile.programs > 0 and not tile.halves,
+        "A_BLOCK": not p.gathers and not found.direct and compat.takes_block(p.a),
         "W_BLOCK": w_block,
+        "HALVES": tile.halves and not found.direct,
     }
     kernel = activation.bind(moe_gemm, function) if p.first else moe_gemm
     overlap = overlap and not (p.first and found.direct)
@@ -294,6 +322,21 @@ def _product(
         kernel, (grid,), arguments, constants, ["out"], warps=tile.warps, stages=tile.stages, overlap=overlap
     )
     return out
+
+
+def _permute(x: Tensor, found: Rows, start: Start, overlap: bool) -> Tensor:
+    """x's rows in the order of the call's rows [T*k, H]."""
+    import triton
+
+    from braze.kernels.triton.gemm import moe_permute
+
+    rows, hidden = found.order.numel(), x.shape[1]
+    copy = x.new_empty(rows, hidden)
+    block = min(1024, triton.next_power_of_2(hidden))
+    grid = (triton.cdiv(rows, 4), triton.cdiv(hidden, block))
+    constants = {"TOP_K": found.ids.shape[1], "BR": 4, "BH": block, "OVERLAP": overlap}
+    arguments = (x, copy, found.order, rows, hidden, x.stride(0))
+    return start(moe_permute, grid, arguments, constants, ["copy"], warps=4, overlap=overlap)[0]
 
 
 def _stored(p: Product, cols: int, w_rows: bool) -> tuple[Tensor, tuple[int, ...]]:
