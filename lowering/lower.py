@@ -9,7 +9,7 @@ from braze.kernels import aten
 from braze.kernels.spec import MoeSpec, RouteSpec
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
-from braze.lowering import cpp_call, inductor, rope_loops, rotations, vendor
+from braze.lowering import cpp_call, cpp_rope, inductor, rope_loops, rotations, vendor
 from braze.lowering.choose import choose_moe, choose_rope, choose_route, choose_separate
 from braze.lowering.inline import inline, inline_all
 from braze.lowering.rotations import Turn
@@ -18,6 +18,7 @@ from braze.lowering.rotations import Turn
 def register() -> None:
     """Tells Inductor how to lower the semantic ops that stay in a graph, once; the ops must have been defined."""
     inductor.register(torch.ops.braze.rope.default, rope_loops.lower)
+    inductor.register(torch.ops.braze.norm_rope.default, cpp_rope.lower)
     inductor.register(torch.ops.braze.moe.default, cpp_call.lower_moe)
     inductor.register(torch.ops.braze.moe_separate.default, cpp_call.lower_separate)
 
@@ -31,7 +32,9 @@ def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str
     for call in calls:
         if call.target.name() == "braze::rope":  # type: ignore[union-attr]
             kernel, why, turn = choose_rope(call, forced.get("rope", "auto"))
-            if turn is not None:
+            if turn is not None and kernel == "cpp":
+                cpp_rope.apply(turn)
+            elif turn is not None:
                 turns.append(turn)
                 place[turn] = len(choices)
             norm = rotations.norm_before(call) if turn is None else None

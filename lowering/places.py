@@ -1,10 +1,9 @@
-"""Where a rotation's result is written: over what it turns, where nothing reads that again, or straight into the cache it is for.
+"""Where a rotation's result is written: over what it turns, where nothing reads that again, or straight into a cache.
 
 Either becomes a launch that Inductor's reinplacing leaves without a clone, by its own rules, which are met here beforehand: a
 buffer that is written over has no later reader, and a cache is a graph input that the epilogue updates by `copy_`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,51 +157,48 @@ def _rows(write: fx.Node) -> tuple[int, int, fx.Node | None] | str:
 def _strides(
     call: fx.Node, axis: int, views: list[fx.Node], cache: Tensor, dim: int, index: fx.Node | None
 ) -> tuple[tuple[Any, Any, Any], tuple[Any, Any]] | None:
-    """The cache's strides for (batch, row, head) and the index's for (batch, token), where what is written is [*batch and
-    token, in either order with heads, D]; None where it is anything else. Its own strides, after the views, tell what is what."""
+    """The cache's strides for (batch, row, head) and the index's for (batch, token), where rows are tokens, or tokens of the
+    whole batch, and the cache's other dimensions are the batch, heads and their elements; None where they are not."""
+    size, step, value = _replayed(call, axis, views)
+    last = cache.ndim - 1
+    if value is None or value.ndim != cache.ndim or dim == last:
+        return None
+    if not all(_same(t.stride(last), 1) and _same(t.shape[last], call.meta["val"].shape[-1]) for t in (value, cache)):
+        return None
+    if not all(_same(value.shape[d], cache.shape[d]) for d in range(last) if d != dim):
+        return None
+    found: dict[str, int] = {}  # what a dimension of the cache counts
+    for d in range(last):
+        if _same(value.shape[d], 1):
+            continue
+        name = next((r for r in size if _same(value.stride(d), step[r]) and not _same(size[r], 1)), None)
+        if name is None or name in found:
+            return None
+        if not _same(value.shape[d], size[name]):
+            if name != "token" or axis != 2 or not _same(value.shape[d], size["batch"] * size["token"]):
+                return None
+            found["batch"] = d
+        found[name] = d
+    if any(r not in found for r in size if not _same(size[r], 1)):
+        return None
+    rows = {r for r, d in found.items() if d == dim}
+    pitch = index.meta["val"].stride(0) if index is not None else 1
+    if "head" in rows or ("token" in found and "token" not in rows) or (index is None and "batch" in rows):
+        return None
+    batch, head = (cache.stride(found[r]) if r in found and r not in rows else 0 for r in ("batch", "head"))
+    return (batch, cache.stride(dim), head), (size["token"] * pitch if "batch" in rows else 0, pitch)
+
+
+def _replayed(call: fx.Node, axis: int, views: list[fx.Node]) -> tuple[dict[str, Any], dict[str, Any], Tensor | None]:
+    """The sizes and strides of the call's batch, tokens and heads in a row-major result, and that after the views, whose
+    strides tell what is what; None for it where a view would copy."""
     result = call.meta["val"]
     with result.fake_mode:
         plain = torch.empty(result.shape, device=result.device, dtype=result.dtype)
         value = plain
         for n in views:
             value = n.target(value, *fx.node.map_arg(n.args[1:], lambda a: a.meta["val"]))  # type: ignore[operator]
-    if value.untyped_storage()._cdata != plain.untyped_storage()._cdata or value.ndim != cache.ndim:
-        return None
-    rank = plain.ndim
-    role = {"head": axis, "token": 2 * rank - 5 - axis, **({"batch": 0} if rank == 4 else {})}
-    size = {r: plain.shape[d] for r, d in role.items()}
-    step = {r: plain.stride(d) for r, d in role.items()}
-    found: dict[str, Any] = {}
-    last = value.ndim - 1
-    if dim == last or not (_same(cache.stride(last), 1) and _same(value.shape[last], cache.shape[last])):
-        return None
-    if not (_same(value.shape[last], plain.shape[-1]) and _same(value.stride(last), 1)):
-        return None
-    along = ""  # of what the rows are a list
-    for d in range(last):
-        if d != dim and not _same(value.shape[d], cache.shape[d]):
-            return None
-        if _same(value.shape[d], 1):
-            continue
-        is_it: Callable[[str], bool] = lambda r, d=d: _same(value.stride(d), step[r]) and not _same(size[r], 1)  # type: ignore[misc]  # noqa: E731
-        name = next((r for r in role if is_it(r)), None)
-        whole = name is not None and _same(value.shape[d], size[name])
-        if name == "token" and not whole and axis == 2 and _same(value.shape[d], size["batch"] * size["token"]):
-            name, whole = "both", True
-        if name is None or not whole or name in found:
-            return None
-        found[name] = cache.stride(d)
-        along = name if d == dim else along
-    single = {r for r in size if _same(size[r], 1)}
-    told = {"batch", "token"} if "both" in found else set(found)
-    if told | single != set(role) or along not in ("token", "both", "batch", ""):
-        return None
-    if along == "batch" and "token" not in single or along != "token" and "token" in found:
-        return None
-    row = cache.stride(dim)
-    pitch = index.meta["val"].stride(0) if index is not None else 1
-    token = 0 if along == "batch" else pitch
-    batch = {"both": size["token"] * pitch, "batch": pitch}.get(along, 0)
-    if index is None and along not in ("token", ""):
-        return None
-    return (0 if along in ("both", "batch") else found.get("batch", 0), row, found.get("head", 0)), (batch, token)
+    place = {"head": axis, "token": 2 * plain.ndim - 5 - axis} | ({"batch": 0} if plain.ndim == 4 else {})
+    size, step = ({r: of[d] for r, d in place.items()} for of in (plain.shape, plain.stride()))
+    same = value.untyped_storage()._cdata == plain.untyped_storage()._cdata
+    return size, step, value if same else None

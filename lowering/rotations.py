@@ -51,7 +51,7 @@ class Turn:
 
 
 def turn(call: fx.Node) -> Turn | str:
-    """The call as the kernel takes it, or why it does not."""
+    """The call as kernels take it, or why they do not."""
     norm = norm_before(call)
     x, cos, sin = (n.meta["val"] for n in call.args)  # type: ignore[union-attr]
     spec = RopeSpec(**call.kwargs)  # type: ignore[arg-type]
@@ -60,9 +60,19 @@ def turn(call: fx.Node) -> Turn | str:
     axis = _head_axis(x, cos, sin)
     if axis is None:
         return "the kernel takes tables that do not vary from head to head, and x with a batch, heads and tokens"
-    tables = _rows(cos, sin, axis, x.ndim, spec)
-    refusal = triton_rope.supports(_heads(x, axis), None, *tables, spec)
-    return refusal or Turn(call, spec, axis, norm)
+    return Turn(call, spec, axis, norm)
+
+
+def as_kernels_see(turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+    """x as [B, H, S, D] and its tables as [B or 1, S, W]."""
+    x, cos, sin = (n.meta["val"] for n in (turn.x, *turn.tables))
+    return _heads(x, turn.axis), *_rows(cos, sin, turn.axis, x.ndim, turn.spec)
+
+
+def refusal(turn: Turn) -> str | None:
+    """Why the Triton kernel does not make this call, in words; None where it does."""
+    x, cos, sin = as_kernels_see(turn)
+    return triton_rope.supports(x, None, cos, sin, turn.spec)
 
 
 def norm_before(call: fx.Node) -> fx.Node | None:

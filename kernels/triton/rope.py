@@ -97,8 +97,8 @@ if HAVE_TRITON:
         HEADS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr, STEP: tl.constexpr,
         INVERSE: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr,
     ):  # fmt: skip
-        """A block of heads of one token by its row of the tables. COLUMNS: 0, or a power of 2 that holds the head, of which only
-        a part turns and the rest is carried over."""
+        """A block of heads of one token by its row of the tables. COLUMNS: 0, or a power of 2 that holds the head, of which a
+        part turns and the rest is carried over."""
         origin = tl.zeros((1, 1), tl.int32)
         cos_row += origin
         sin_row += origin

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from braze import xpu_sim
 from braze.backend import collect
-from tests import rope_models, tiny
 
 B, S, ROOM, D, HIDDEN = 2, 3, 8, 32, 48
 HEADS, GROUPS = 3, 2
