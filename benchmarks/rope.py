@@ -1,9 +1,11 @@
 """The attention preamble: the projections' output [1, T, H * D] -> heads -> norm -> RoPE -> [1, H, T, D] for attention.
 
 Providers side by side: eager, stock torch.compile (static and dynamic), Liger-Kernel where it is installed and has the form,
-and braze as it chooses by itself; --providers has its pointwise code and its Triton kernel called alone, too. copy clones q
-and k: the floor. A GPU is timed by CUDA graphs over input sets that together exceed its L2 cache; a CPU by calls of all
-providers in turn, on one thread. In brackets: the copy's time over the provider's, and stock's time over the provider's.
+and braze as it chooses by itself; in place is braze's Triton kernel over its inputs, as Liger-Kernel's is, and as braze has it
+where a projection made them; --providers has its pointwise code and its kernel called alone, too. copy clones q and k: the
+floor. Where k goes into a cache, it is written to rows of a tensor [1, H, T, D] that the caller keeps, by index. A GPU is timed
+by CUDA graphs over input sets that together exceed its L2 cache; a CPU by calls of all providers in turn, on one thread. In
+brackets: the copy's time over the provider's, and stock's time over the provider's.
 
     python benchmarks/rope.py [--quick] [--json FILE] [--variant TEXT] [--tokens N ...] [--providers NAME ...] [--tune]
 """
@@ -32,7 +34,7 @@ Function = Callable[..., Any]
 L2_BYTES = 50 * 2**20
 EPS = 1e-6
 #: What is timed unless --providers says otherwise.
-USUAL = ("copy", "eager", "stock", "stock dynamic", "liger", "braze", "braze dynamic")
+USUAL = ("copy", "eager", "stock", "stock dynamic", "liger", "in place", "braze", "braze dynamic")
 
 
 def rotate_half(x: Tensor) -> Tensor:
@@ -87,18 +89,23 @@ class Variant:
     rotate: Rotate
     table_dtype: torch.dtype = torch.bfloat16  # complex: one table of cos + i sin
     norm: Callable[[Tensor, Tensor], Tensor] | None = None
+    cached: bool = False
 
-    def __call__(self, q: Tensor, k: Tensor, a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """The preamble: q and k [1, T, H * D], weights a and b [D], tables [1, 1, T, width] -> q and k [1, H, T, D]."""
+    def __call__(
+        self, q: Tensor, k: Tensor, a: Tensor, b: Tensor, cos: Tensor, sin: Tensor, *cache: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The preamble: q and k [1, T, H * D], weights a and b [D], tables [1, 1, T, width] -> q and k [1, H, T, D]. cache: a
+        tensor [1, H, T, D] and the rows of it that are k's, where it has one."""
         heads = [x.view(*x.shape[:-1], -1, self.size) for x in (q, k)]
         if self.norm is not None:
             heads = [self.norm(x, w) for x, w in zip(heads, (a, b), strict=True)]
         q, k = (self.rotate(x.transpose(1, 2), cos, sin) for x in heads)
-        return q, k
+        return (q, cache[0].index_copy_(2, cache[1], k)) if cache else (q, k)
 
 
 VARIANTS = (
     Variant("llama half", 128, RopeSpec(128), 128, half),
+    Variant("llama half, cache", 128, RopeSpec(128), 128, half, cached=True),
     Variant("llama half 64", 64, RopeSpec(64), 64, half),
     Variant("partial 64 of 256", 256, RopeSpec(64), 64, partial),
     Variant("cohere interleaved", 128, RopeSpec(128, 0, "interleaved", "interleaved"), 128, interleaved, torch.float32),
@@ -132,7 +139,7 @@ def compiled_by_braze(variant: Variant, kernels: dict[str, str], **options: Any)
     )
 
 
-def kernel(variant: Variant, **knobs: int) -> Function:
+def kernel(variant: Variant, **knobs: Any) -> Function:
     """braze's Triton kernel alone."""
 
     def run(q: Tensor, k: Tensor, a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> Any:
@@ -147,7 +154,7 @@ def kernel(variant: Variant, **knobs: int) -> Function:
 
 def liger(variant: Variant) -> Function | None:
     """Liger-Kernel's norm and rotation, which is in place; None where it is not installed or has no such form."""
-    if variant.rotate is not half:
+    if variant.rotate is not half or variant.cached:
         return None
     try:
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
@@ -165,12 +172,17 @@ def liger(variant: Variant) -> Function | None:
     return run
 
 
+def exactly(x: Tensor) -> Tensor:
+    return x.to(torch.complex128 if x.is_complex() else torch.float64) if x.is_floating_point() or x.is_complex() else x
+
+
 def copy(q: Tensor, k: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
     """The floor: every element read and written once, in the order of memory."""
     return torch.clone(q), torch.clone(k)
 
 
 def providers(variant: Variant, device: str) -> dict[str, Function]:
+    alone = device == "cuda" and not variant.cached
     found: dict[str, Function | None] = {
         "copy": copy,
         "eager": variant,
@@ -180,13 +192,20 @@ def providers(variant: Variant, device: str) -> dict[str, Function]:
         "braze": compiled_by_braze(variant, {}, dynamic=False),
         "braze dynamic": compiled_by_braze(variant, {}),
         "pointwise": compiled_by_braze(variant, {"rope": "pointwise"}, dynamic=False),
-        "kernel": kernel(variant) if device == "cuda" else None,
+        "kernel": kernel(variant) if alone else None,
+        "in place": kernel(variant, in_place=True)
+        if alone and variant.spec.layout_in == variant.spec.layout_out
+        else None,
     }
     return {name: f for name, f in found.items() if f is not None}
 
 
 def make(variant: Variant, tokens: int, heads: tuple[int, int], device: str) -> tuple[Tensor, ...]:
-    """q, k [1, T, H * D], norm weights [D], tables [1, 1, T, width]."""
+    """q, k [1, T, H * D], norm weights [D], tables [1, 1, T, width]; a cache [1, H, T, D] and its rows where there is one."""
+    cache: tuple[Tensor, ...] = ()
+    if variant.cached:
+        room = torch.zeros(1, heads[1], tokens, variant.size, device=device, dtype=torch.bfloat16)
+        cache = room, torch.arange(tokens, device=device)
     q, k = (torch.randn(1, tokens, n * variant.size, device=device, dtype=torch.bfloat16) for n in heads)
     a, b = torch.randn(2, variant.size, device=device, dtype=torch.bfloat16)
     angle = torch.rand(1, 1, tokens, variant.spec.rotary_dim // 2, device=device) * 6
@@ -195,14 +214,15 @@ def make(variant: Variant, tokens: int, heads: tuple[int, int], device: str) -> 
         angle = angle.repeat_interleave(2, -1) if interleave else torch.cat((angle, angle), -1)
     if variant.table_dtype.is_complex:
         return q, k, a, b, torch.polar(torch.ones_like(angle), angle), angle
-    return q, k, a, b, angle.cos().to(variant.table_dtype), angle.sin().to(variant.table_dtype)
+    return q, k, a, b, angle.cos().to(variant.table_dtype), angle.sin().to(variant.table_dtype), *cache
 
 
 def check(name: str, function: Function, variant: Variant, inputs: tuple[Tensor, ...]) -> None:
     """AssertionError where a provider's first tokens differ from float64 by more than bfloat16 does."""
-    q, k, a, b, cos, sin = inputs
-    few = (q[:, :64], k[:, :64], a, b, cos[..., :64, :], sin[..., :64, :])
-    wanted = variant(*(x.to(torch.complex128 if x.is_complex() else torch.float64) for x in few))
+    q, k, a, b, cos, sin, *cache = inputs
+    start = [x[:, :, :64] if x.ndim > 1 else x[:64] for x in cache]
+    few = (q[:, :64], k[:, :64], a, b, cos[..., :64, :], sin[..., :64, :], *start)
+    wanted = variant(*map(exactly, few))
     for got, want in zip(function(*(x.clone() for x in inputs)), wanted, strict=True):
         error = ((got[:, :, :64].double() - want).norm() / want.norm()).item()
         assert error < 1.2e-2, (variant.name, name, error)
@@ -293,7 +313,7 @@ def show(cells: list[Cell], console: Console) -> None:
 
 def tune(variants: list[Variant], console: Console) -> None:
     """The Triton kernel's tile sizes and warps, as fractions of the copy's speed."""
-    choices = [(tile, warps) for tile in (1024, 2048, 4096, 8192) for warps in (2, 4, 8)]
+    choices = [(tile, warps) for tile in (512, 1024, 2048, 4096) for warps in (1, 2, 4, 8)]
     table = Table("variant", "T", *(f"{t}/{w}" for t, w in choices))
     for variant in variants:
         for tokens in (256, 4096, 16384):

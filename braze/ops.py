@@ -1,6 +1,7 @@
 """The semantic ops: what a find is rewritten to, before any kernel is chosen.
 
-`braze::moe`, `braze::rope`, `braze::rms_norm`, `braze::route` and `braze::grouped_mm` are functional; each has a fake kernel
+`braze::moe`, `braze::rope`, `braze::rms_norm`, `braze::norm_rope` (both at once), `braze::route` and
+`braze::grouped_mm` are functional; each has a fake kernel
 (shapes), a reference in float32 (braze.kernels.reference) and a decomposition into ATen ops, which is how they run eagerly.
 """
 
@@ -35,6 +36,10 @@ ROPE_SCHEMA = (
     "(Tensor x, Tensor cos, Tensor sin, *, int rotary_dim, int start=0, str layout_in='half', "
     "str layout_out='half', bool inverse=False, ScalarType? out_dtype=None) -> Tensor"
 )
+NORM_ROPE_SCHEMA = (
+    "(Tensor x, Tensor cos, Tensor sin, Tensor? weight=None, *, int axis, float? eps=None, bool add_one=False, "
+    "int rotary_dim, int start=0, str layout_in='half', str layout_out='half', bool inverse=False) -> Tensor"
+)
 NORM_SCHEMA = "(Tensor x, Tensor? weight=None, *, float eps, bool add_one=False, ScalarType? out_dtype=None) -> Tensor"
 ROUTE_SCHEMA = (
     "(Tensor logits, Tensor? bias=None, *, int top_k, str scoring='softmax', str select_on='logits', int groups=1, "
@@ -47,6 +52,7 @@ torch.library.define("braze::moe", MOE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::moe_separate", SEPARATE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::rope", ROPE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::rms_norm", NORM_SCHEMA, tags=_TAGS)
+torch.library.define("braze::norm_rope", NORM_ROPE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::route", ROUTE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::grouped_mm", "(Tensor x, Tensor w, Tensor offs) -> Tensor", tags=_TAGS)
 torch.library.define(
@@ -204,6 +210,21 @@ def _norm_fake(x: Tensor, weight: Tensor | None = None, **attributes: Any) -> Te
 def _norm(x: Tensor, weight: Tensor | None = None, **attributes: Any) -> Tensor:
     check_norm(x, weight)
     return aten.rms_norm(x, weight, NormSpec(**attributes))
+
+
+@torch.library.register_fake("braze::norm_rope")
+def _norm_rope_fake(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, **attributes: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.impl("braze::norm_rope", "CompositeExplicitAutograd")
+def _norm_rope(
+    x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, *, axis: int, eps: float | None = None,
+    add_one: bool = False, **attributes: Any,
+) -> Tensor:  # fmt: skip
+    """What the rotation turns is normed first where there is an epsilon; axis: the dimension of x that counts heads."""
+    wide = x if eps is None else aten.rms_norm(x, weight, NormSpec(eps, add_one, torch.float32))
+    return aten.rope(wide, cos, sin, RopeSpec(**attributes, out_dtype=x.dtype))
 
 
 @torch.library.register_fake("braze::route")

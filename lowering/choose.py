@@ -11,29 +11,36 @@ from braze.kernels.spec import MoeSpec, RouteSpec
 from braze.kernels.triton import compat
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
+from braze.lowering import cpp_rope, rotations
 from braze.lowering.rotations import Turn, turn
 
 
 def choose_rope(call: fx.Node, forced: str) -> tuple[str, str, Turn | None]:
     """(kernel, why, the call as a kernel takes it) for a `braze::rope` call; None where Inductor's own code does it."""
     device = compat.platform(call.meta["val"].device)
+    name = {"cpu": "cpp", "cuda": "triton", "xpu": "triton"}.get(device)
+    fused = "fuses with its neighbours"
     if forced == "pointwise":
         return "pointwise", "asked for", None
-    if device not in ("cuda", "xpu"):
-        return "pointwise", "fuses with its neighbours", None
+    if name is None or forced not in ("auto", name):
+        return "pointwise", fused, None
     found = turn(call)
-    if isinstance(found, str):
-        return "pointwise", f"fuses with its neighbours; the Triton kernel does not take this ({found})", None
-    return (
-        "triton",
-        "asked for" if forced == "triton" else _one_launch(found),
-        found,
-    )
+    reason = found if isinstance(found, str) else (rotations if name == "triton" else cpp_rope).refusal(found)
+    if isinstance(found, str) or reason is not None:
+        told = f"{fused}; the {'Triton' if name == 'triton' else 'C++'} kernel does not take this ({reason})"
+        return "pointwise", told, None
+    one = _one_launch(found) if name == "triton" else _one_call(found)
+    return name, "asked for" if forced == name else one, found
 
 
 def _one_launch(turn: Turn) -> str:
     before = "norms in the same launch, " if turn.norm is not None else ""
     return f"q and k in one launch, {before}tables read once for all heads"
+
+
+def _one_call(turn: Turn) -> str:
+    before = ", normed on the way" if turn.norm is not None else ""
+    return f"one C++ call that reads each head once{before}, tables widened once for all heads"
 
 
 def choose_moe(call: fx.Node, forced: str) -> tuple[str, str]:

@@ -170,6 +170,12 @@ def in_memory(x: Any) -> Any:
     return x
 
 
+def with_rows(x: Any) -> Any:
+    """x in memory, its last dimension contiguous; as it lies where it is."""
+    node = _as_it_lies(x)
+    return x if same_size(node.get_stride()[-1], 1) else ir.TensorBox.create(ir.ExternKernel.copy_input(x))
+
+
 class CppCall(ir.ExternKernelOut):  # type: ignore[misc]
     """A tensor that one call of a generated C++ function fills; the function is a part of Inductor's code.
 

@@ -9,7 +9,7 @@ from braze.kernels import aten
 from braze.kernels.spec import MoeSpec, RouteSpec
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
-from braze.lowering import cpp_call, inductor, rope_loops, rotations, vendor
+from braze.lowering import cpp_call, cpp_rope, inductor, rope_loops, rotations, vendor
 from braze.lowering.choose import choose_moe, choose_rope, choose_route, choose_separate
 from braze.lowering.inline import inline, inline_all
 from braze.lowering.rotations import Turn
@@ -18,6 +18,7 @@ from braze.lowering.rotations import Turn
 def register() -> None:
     """Tells Inductor how to lower the semantic ops that stay in a graph, once; the ops must have been defined."""
     inductor.register(torch.ops.braze.rope.default, rope_loops.lower)
+    inductor.register(torch.ops.braze.norm_rope.default, cpp_rope.lower)
     inductor.register(torch.ops.braze.moe.default, cpp_call.lower_moe)
     inductor.register(torch.ops.braze.moe_separate.default, cpp_call.lower_separate)
 
@@ -26,11 +27,16 @@ def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str
     """(kernel, why) for each semantic op's call, after making the graph use it."""
     register()
     turns: list[Turn] = []
-    choices = []
+    choices: list[tuple[str, str]] = []
+    place: dict[Turn, int] = {}
     for call in calls:
         if call.target.name() == "braze::rope":  # type: ignore[union-attr]
             kernel, why, turn = choose_rope(call, forced.get("rope", "auto"))
-            turns += [turn] if turn is not None else []
+            if turn is not None and kernel == "cpp":
+                cpp_rope.apply(turn)
+            elif turn is not None:
+                turns.append(turn)
+                place[turn] = len(choices)
             norm = rotations.norm_before(call) if turn is None else None
             if norm is not None:
                 rotations.open_norm(norm)
@@ -43,10 +49,14 @@ def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str
             kernel, why = vendor.choose(call, "moe", forced.get("moe", "auto"), choose_moe)
             _apply_moe(call, kernel)
         choices.append((kernel, why))
+    graph = turns[0].call.graph if turns else None
     for group in rotations.pairs(turns):
-        rotations.launch(group)
-    if turns:
-        turns[0].call.graph.eliminate_dead_code()  # tables that were made again for k
+        words = rotations.launch(group)
+        for turn in group if words else ():
+            kernel, why = choices[place[turn]]
+            choices[place[turn]] = kernel, f"{why}; {words}"
+    if graph is not None:
+        graph.eliminate_dead_code()  # tables that were made again for k, norms, what was written into a cache
     return choices
 
 

@@ -5,7 +5,7 @@ Two `braze::rope` calls are a pair where they share tables and attributes and ha
 as [B or 1, S, W]; which dimension counts heads is told by the tables, which do not vary along it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from braze.kernels import aten
 from braze.kernels.spec import NormSpec, RopeSpec
 from braze.kernels.triton import rope as triton_rope
-from braze.lowering import inductor
+from braze.lowering import inductor, places
 from braze.lowering.inline import inline, inline_all
+from braze.lowering.places import CacheWrite
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Turn:
 
 
 def turn(call: fx.Node) -> Turn | str:
-    """The call as the kernel takes it, or why it does not."""
+    """The call as kernels take it, or why they do not."""
     norm = norm_before(call)
     x, cos, sin = (n.meta["val"] for n in call.args)  # type: ignore[union-attr]
     spec = RopeSpec(**call.kwargs)  # type: ignore[arg-type]
@@ -59,9 +60,19 @@ def turn(call: fx.Node) -> Turn | str:
     axis = _head_axis(x, cos, sin)
     if axis is None:
         return "the kernel takes tables that do not vary from head to head, and x with a batch, heads and tokens"
-    tables = _rows(cos, sin, axis, x.ndim, spec)
-    refusal = triton_rope.supports(_heads(x, axis), None, *tables, spec)
-    return refusal or Turn(call, spec, axis, norm)
+    return Turn(call, spec, axis, norm)
+
+
+def as_kernels_see(turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+    """x as [B, H, S, D] and its tables as [B or 1, S, W]."""
+    x, cos, sin = (n.meta["val"] for n in (turn.x, *turn.tables))
+    return _heads(x, turn.axis), *_rows(cos, sin, turn.axis, x.ndim, turn.spec)
+
+
+def refusal(turn: Turn) -> str | None:
+    """Why the Triton kernel does not make this call, in words; None where it does."""
+    x, cos, sin = as_kernels_see(turn)
+    return triton_rope.supports(x, None, cos, sin, turn.spec)
 
 
 def norm_before(call: fx.Node) -> fx.Node | None:
@@ -132,10 +143,9 @@ def pairs(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
     """Each turn alone, or two together that one launch can make, in the order of the graph."""
     found: list[tuple[Turn, ...]] = []
     left = list(turns)
-    order = {n: i for i, n in enumerate(left[0].call.graph.nodes)} if left else {}
     while left:
         first = left.pop(0)
-        second = next((t for t in left if _alike(first, t) and _together(first, t, order)), None)
+        second = next((t for t in left if _alike(first, t) and _together(first.call, t.call)), None)
         if second is not None:
             left.remove(second)
         found.append((first,) if second is None else (first, second))
@@ -177,34 +187,106 @@ def _is_pure(node: fx.Node) -> bool:
     return not node.is_impure() and torch.Tag.nondeterministic_seeded not in tags
 
 
-def _together(first: Turn, second: Turn, order: Mapping[fx.Node, int]) -> bool:
-    """Whether nothing needs the first's result before the second's place."""
-    return all(order[user] > order[second.call] for user in first.call.users)
+def _together(a: fx.Node, b: fx.Node) -> bool:
+    """Whether nothing needs the first one's result before the second one's place."""
+    return all(user > max(a, b) for n in (a, b) for user in n.users)
 
 
-def launch(group: tuple[Turn, ...]) -> None:
-    """Replaces one call, or two that are alike, by one launch of the kernel."""
-    turn = group[0]
+def launch(group: tuple[Turn, ...]) -> str:
+    """Replaces one call, or two that are alike, by one launch of the kernel; where the results are written, in words. What
+    becomes dead is left in the graph."""
+    write, words = _write(group)
+    if write is not None and write[0] is group[0]:
+        group = group[::-1]
+    turn, cached = group[0], None if write is None else write[1]
+    calls = [t.call for t in group]
+    replaced = calls if cached is None else sorted((calls[0], cached.node))
+    over = _turned_in_place(group, replaced, cached)
     weights = [w for t in group for w in t.weights]
-    inputs = [*(t.x for t in group), *turn.tables, *weights]
+    rows = [] if cached is None else [n for n in (cached.cache, cached.index) if n is not None]
+    inputs = [*(t.x for t in group), *turn.tables, *weights, *rows]
     rank = turn.x.meta["val"].ndim
 
-    def body(*tensors: Tensor) -> tuple[Tensor, ...]:
-        xs, (cos, sin), scales = tensors[: len(group)], tensors[len(group) :][:2], tensors[len(group) + 2 :]
-        heads = [_heads(x, turn.axis) for x in xs]
-        outs = [_heads(_room(t.call, x), turn.axis) for t, x in zip(group, xs, strict=True)]
-        q, k = heads[0], heads[1] if len(heads) == 2 else None
-        tile, warps = triton_rope.tiling(q, turn.spec, turn.norm is not None)
-        rotated = triton_rope.launch(
-            q, k, *_rows(cos, sin, turn.axis, rank, turn.spec), turn.spec, _norm(turn, scales), False,
-            tile, warps, start=inductor.start, outs=outs,
-        )  # fmt: skip
-        return tuple(_as_given(out, turn.axis, rank) for out in rotated if out is not None)
+    def result(t: Turn, out: Tensor) -> Tensor:
+        return _with_its_strides(_as_given(out, turn.axis, rank), t.call.meta["val"])
 
-    inline_all([t.call for t in group], inputs, body, inductor.decompositions())
+    def body(*tensors: Tensor) -> tuple[Tensor, ...]:
+        xs, (cos, sin), rest = tensors[: len(group)], tensors[len(group) :][:2], tensors[len(group) + 2 :]
+        heads = [_heads(x, turn.axis) for x in xs]
+        outs = [
+            h if t in over else _heads(_room(t.call, x), turn.axis) for t, x, h in zip(group, xs, heads, strict=True)
+        ]
+        q, k = heads[0], heads[1] if len(heads) == 2 else None
+        tile, warps = triton_rope.tiling(q, turn.spec, turn.norm is not None, cos.shape[-1])
+        first, second = triton_rope.launch(
+            q, k, *_rows(cos, sin, turn.axis, rank, turn.spec), turn.spec, _norm(turn, rest[: len(weights)]), False,
+            tile, warps, start=inductor.start, outs=outs, rows=_cache_rows(cached, rest[len(weights) :]),
+        )  # fmt: skip
+        if cached is not None and second is not None:
+            return (result(turn, first), second)[:: 1 if replaced[0] is calls[0] else -1]
+        return tuple(result(t, out) for t, out in zip(group, (first, second), strict=False) if out is not None)
+
+    inline_all(replaced, inputs, body, inductor.decompositions())
+    names = " and ".join("qk"[group.index(t)] for t in over)
+    return ", ".join(([f"{names} in place"] if over else []) + ([words] if words else []))
+
+
+def _write(group: tuple[Turn, ...]) -> tuple[tuple[Turn, CacheWrite] | None, str]:
+    """The write into a cache that the launch makes, and whose it is; words on it, or on why it stays outside."""
     for t in group:
-        if t.norm is not None:
-            t.norm.graph.erase_node(t.norm)
+        found = places.cache_write(t.call, t.axis)
+        if found is None:
+            continue
+        if isinstance(found, CacheWrite):
+            others = [other for other in group if other is not t]
+            if not others:
+                found = "it turns alone"
+            elif not _together(others[0].call, found.node):
+                found = "q or the cache is needed before the other is made"
+            else:
+                return (t, found), "k straight into its cache"
+        return None, f"the write into a cache is one more pass: {found}"
+    return None, ""
+
+
+def _turned_in_place(group: tuple[Turn, ...], replaced: Sequence[fx.Node], cached: CacheWrite | None) -> list[Turn]:
+    """Those whose result takes the place of what was turned: nothing reads that later, and both lie alike."""
+    going = {n for t in group for n in (t.call, t.norm) if n is not None}
+    turns = group if cached is None else group[:1]
+    over = [t for t in turns if _lies_alike(t) and places.is_dead(t.x, max(replaced), going)]
+    apart = len({places.storage(t.x) for t in group}) == len(group)  # else Inductor would clone one of them
+    return over if apart else []
+
+
+def _lies_alike(turn: Turn) -> bool:
+    x, spec = turn.x.meta["val"], turn.spec
+    if spec.layout_in != spec.layout_out or turn.call.meta["val"].dtype != x.dtype:
+        return False
+    with x.fake_mode:
+        return _places_alike(_room(turn.call, x), x)
+
+
+def _places_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether the same index is the same place; a dimension of one element has any stride."""
+    return all(
+        statically_known_true(size == 1) or statically_known_true(m == n)
+        for size, m, n in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
+def _with_its_strides(out: Tensor, like: Tensor) -> Tensor:
+    """out with the strides that the graph's own result has where a dimension has one element: Inductor would copy it else."""
+    known = all(isinstance(s, int) for s in (*like.shape, *like.stride()))
+    told = known and out.stride() != like.stride() and _places_alike(out, like)
+    return out.as_strided(like.shape, like.stride()) if told else out
+
+
+def _cache_rows(cached: CacheWrite | None, tensors: Sequence[Tensor]) -> triton_rope.Rows | None:
+    if cached is None:
+        return None
+    cache, index = (*tensors, None)[:2]
+    assert cache is not None
+    return triton_rope.Rows(cache, cached.strides, cached.count, cached.first, index, cached.index_strides)
 
 
 def _norm(turn: Turn, weights: Sequence[Tensor]) -> triton_rope.Norm | None:

@@ -121,6 +121,97 @@ def test_norm_before_the_rotation(layout: rope.Any, add_one: bool) -> None:
         compare(q, None, cos, sin, spec, rope.Norm(1e-5))
 
 
+def compare_rows(layout: str, index: Tensor | None, size: int = 32, rotary: int = 32) -> None:
+    """k's tokens go to rows of a cache, whose other elements stay; q's as usual."""
+    spec = RopeSpec(rotary)
+    q, k = inputs(3, size, "bshd", torch.float32, 1), inputs(2, size, "bshd", torch.float32, 2)
+    cos, sin = tables(rotary, torch.float32, 2)
+    cache = torch.randn(2, 8, 2, size, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    if layout == "flat":  # a row for each token of the whole batch
+        strides, steps, flat = (0, 2 * size, size), (3, 1), cache.view(16, 2, size)
+    else:
+        strides, steps = (16 * size, 2 * size, size), (0, 1)
+    want_cache, want = cache.double(), expected(k, cos, sin, spec, None, None).transpose(1, 2)
+    if layout == "flat" and index is not None:
+        want_cache.view(16, 2, size)[index.long()] = want.reshape(6, 2, size)
+        rows = rope.Rows(cache, strides, flat.shape[0], 0, index, steps)
+    elif index is not None:
+        want_cache[:, index.long()] = want
+        rows = rope.Rows(cache, strides, 8, 0, index, steps)
+    else:
+        want_cache[:, 4:7] = want
+        rows = rope.Rows(cache, strides, 8, 4)
+    turned, whole = rope.launch(q, k, cos, sin, spec, None, False, rope.TILE, rope.WARPS, rows=rows)
+    assert whole is cache
+    torch.testing.assert_close(cache.double(), want_cache, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(turned.double(), expected(q, cos, sin, spec, None, None), rtol=2e-6, atol=2e-6)
+
+
+ROWS = [
+    ("batch", torch.tensor([6, 0, -3])),
+    ("batch", torch.tensor([6, 0, 5], dtype=torch.int32)),
+    ("batch", None),
+    ("flat", torch.tensor([15, 3, 0, 8, 7, -2])),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize(("layout", "index"), ROWS, ids=str)
+@pytest.mark.parametrize("rotary", [32, 24])
+def test_rows_of_a_cache(layout: str, index: Tensor | None, rotary: int) -> None:
+    compare_rows(layout, None if index is None else index.to(DEVICE), 32, rotary)
+
+
+@needs_triton
+def test_a_row_beyond_the_cache_writes_nothing() -> None:
+    """Where assertions are off; compiled graphs have them on."""
+    q, k = inputs(3, 32, "bshd", torch.float32, 1), inputs(2, 32, "bshd", torch.float32, 2)
+    cos, sin = tables(32, torch.float32, 2)
+    cache = torch.randn(4, 8, 2, 32, device=DEVICE)
+    before = cache.clone()
+    rows = rope.Rows(cache[1:3], (512, 64, 32), 8, 0, torch.tensor([8, -9, 100], device=DEVICE), (0, 1))
+    rope.launch(q, k, cos, sin, RopeSpec(32), None, False, rope.TILE, rope.WARPS, rows=rows)
+    assert torch.equal(cache, before)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU; tests/xpu_sim/test_rope_places.py has such graphs")
+@pytest.mark.parametrize("rotary", [64, 32])
+def test_a_graph_in_place_and_into_a_cache(rotary: int) -> None:
+    def block(
+        h: Tensor, wq: Tensor, wk: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, index: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        q, k = ((h @ w).unflatten(-1, (-1, 64)).transpose(1, 2) for w in (wq, wk))
+
+        def turn(x: Tensor) -> Tensor:
+            part, rest = x[..., :rotary], x[..., rotary:]
+            a, b = part.chunk(2, -1)
+            return torch.cat((part * cos + torch.cat((-b, a), -1) * sin, rest), -1)
+
+        cache.index_copy_(2, index, turn(k))
+        return torch.nn.functional.scaled_dot_product_attention(turn(q), cache, cache, enable_gqa=True), cache
+
+    for tokens in (5, 1):
+        angle = torch.rand(tokens, rotary // 2, device=DEVICE).repeat(1, 2) * 6
+        h, wq, wk = (torch.randn(*s, device=DEVICE) / 8 for s in ((2, tokens, 96), (96, 256), (96, 128)))
+        args = (
+            h,
+            wq,
+            wk,
+            angle.cos(),
+            angle.sin(),
+            torch.randn(2, 2, 9, 64, device=DEVICE),
+            torch.arange(2, 2 + tokens).to(DEVICE),
+        )
+        wide = [x.double() if x.is_floating_point() else x for x in args]
+        want = block(*wide)
+        torch._dynamo.reset()
+        with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+            fused = torch.compile(lambda *a: block(*a), backend="braze", dynamic=False, options={"require": ["rope"]})
+            got = fused(*args)
+        for a, b in zip((*got, args[5]), (*want, wide[5]), strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3)
+
+
 def test_refusals_have_words() -> None:
     q, k = torch.randn(1, 4, 3, 64), torch.randn(1, 2, 3, 64)
     cos = torch.randn(1, 3, 64)

@@ -17,7 +17,7 @@ from braze.kernels.triton.compat import HAVE_TRITON, Start
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_SIZE = 512
-TILE = 4096  # elements of one program's heads
+TILE = 2048  # elements of one program's heads
 WARPS = 4
 XPU_TILE, XPU_WARPS = 2048, 8  # a warp of an XPU has 16 lanes: more elements for each spill (docs/xpu.md)
 
@@ -78,7 +78,7 @@ if HAVE_TRITON:
         head = (block * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
         mask = (head < heads) & (column < SIZE)
         source = x + x_row + head * x_head
-        a = tl.load(source + own, mask=mask, other=0.0).to(tl.float32)
+        a = tl.load(source + own, mask=mask, other=0.0, eviction_policy="evict_first" if NORM else "").to(tl.float32)
         b = tl.load(source + partner, mask=mask & inside, other=0.0).to(tl.float32)
         if NORM:
             scale = tl.rsqrt(tl.sum(a * a, 1) / SIZE + EPS)[:, None]
@@ -88,29 +88,20 @@ if HAVE_TRITON:
                 b *= tl.load(weight + partner, mask=inside, other=0.0).to(tl.float32) + ONE
         tl.debug_barrier()  # in place, another thread may still have to read what this one writes
         result = (a * cos + b * sin).to(out.dtype.element_ty)
-        tl.store(out + out_row + head * out_head + column, result, mask=mask)
+        tl.store(out + out_row + head * out_head + column, result, mask=mask, cache_modifier=".cs" if NORM else "")
 
     @triton.jit
-    def rope_kernel(
-        q, k, q_out, k_out, cos, sin, q_weight, k_weight, tokens,
-        q_batch, q_token, q_head, k_batch, k_token, k_head,
-        qo_batch, qo_token, qo_head, ko_batch, ko_token, ko_head,
-        cos_batch, cos_token, sin_batch, sin_token, q_heads, k_heads,
+    def _turn_heads(
+        x, out, weight, x_row, out_row, x_head, out_head, heads, block, cos_row, sin_row,
         SIZE: tl.constexpr, START: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr,
-        Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, Q_BLOCKS: tl.constexpr,
-        IN: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr, STEP: tl.constexpr, INVERSE: tl.constexpr,
-        NORM: tl.constexpr, WEIGHT: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr,
+        HEADS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr, STEP: tl.constexpr,
+        INVERSE: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr,
     ):  # fmt: skip
-        """COLUMNS: 0, or a power of 2 that holds the head, of which only a part turns and the rest is carried over. STEP: from
-        one column of a table to the next: 2 in the real and imaginary parts of a complex one."""
-        row = tl.program_id(0).to(tl.int64)
-        block = tl.program_id(1)
-        batch, token = row // tokens, row % tokens
+        """A block of heads of one token by its row of the tables. COLUMNS: 0, or a power of 2 that holds the head, of which a
+        part turns and the rest is carried over."""
         origin = tl.zeros((1, 1), tl.int32)
-        cos_row = cos + batch * cos_batch + token * cos_token + origin
-        sin_row = sin + batch * sin_batch + token * sin_token + origin
-        q_row, k_row = batch * q_batch + token * q_token, batch * k_batch + token * k_token
-        qo_row, ko_row = batch * qo_batch + token * qo_token, batch * ko_batch + token * ko_token
+        cos_row += origin
+        sin_row += origin
         if COLUMNS:
             column = tl.arange(0, COLUMNS)[None, :]
             n = column - START
@@ -124,16 +115,10 @@ if HAVE_TRITON:
             c = tl.load(cos_row + place, mask=inside, other=1.0).to(tl.float32)
             s = tl.load(sin_row + place, mask=inside, other=0.0).to(tl.float32)
             s = tl.where((second == 1) != INVERSE, s, -s)
-            if block < Q_BLOCKS:
-                _rotate_part(
-                    q, q_out, q_weight, q_row, qo_row, q_head, qo_head, q_heads, block, c, s, own, partner, column, inside,
-                    SIZE, Q_HEADS, NORM, WEIGHT, ONE, EPS,
-                )  # fmt: skip
-            else:
-                _rotate_part(
-                    k, k_out, k_weight, k_row, ko_row, k_head, ko_head, k_heads, block - Q_BLOCKS, c, s, own, partner,
-                    column, inside, SIZE, K_HEADS, NORM, WEIGHT, ONE, EPS,
-                )  # fmt: skip
+            _rotate_part(
+                x, out, weight, x_row, out_row, x_head, out_head, heads, block, c, s, own, partner, column, inside,
+                SIZE, HEADS, NORM, WEIGHT, ONE, EPS,
+            )  # fmt: skip
         else:
             pair = tl.arange(0, PAIRS)[None, :]
             if WIDE:
@@ -145,16 +130,52 @@ if HAVE_TRITON:
                 cb, sb = ca, sa
             if INVERSE:
                 sa, sb = -sa, -sb
-            if block < Q_BLOCKS:
-                _rotate(
-                    q, q_out, q_weight, q_row, qo_row, q_head, qo_head, q_heads, block, ca, cb, sa, sb,
-                    SIZE, START, HALF, PAIRS, Q_HEADS, IN, OUT, NORM, WEIGHT, ONE, EPS,
-                )  # fmt: skip
-            else:
-                _rotate(
-                    k, k_out, k_weight, k_row, ko_row, k_head, ko_head, k_heads, block - Q_BLOCKS, ca, cb, sa, sb,
-                    SIZE, START, HALF, PAIRS, K_HEADS, IN, OUT, NORM, WEIGHT, ONE, EPS,
-                )  # fmt: skip
+            _rotate(
+                x, out, weight, x_row, out_row, x_head, out_head, heads, block, ca, cb, sa, sb,
+                SIZE, START, HALF, PAIRS, HEADS, IN, OUT, NORM, WEIGHT, ONE, EPS,
+            )  # fmt: skip
+
+    @triton.jit
+    def rope_kernel(
+        q, k, q_out, k_out, cos, sin, q_weight, k_weight, rows, tokens,
+        q_batch, q_token, q_head, k_batch, k_token, k_head,
+        qo_batch, qo_token, qo_head, ko_batch, ko_token, ko_head,
+        cos_batch, cos_token, sin_batch, sin_token, q_heads, k_heads, rows_batch, rows_token, first_row, all_rows,
+        SIZE: tl.constexpr, START: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
+        Q_COLUMNS: tl.constexpr, K_COLUMNS: tl.constexpr,
+        Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, Q_BLOCKS: tl.constexpr, K_BLOCKS: tl.constexpr,
+        IN: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr, STEP: tl.constexpr, INVERSE: tl.constexpr,
+        NORM: tl.constexpr, WEIGHT: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        """STEP: from one column of a table to the next: 2 in the real and imaginary parts of a complex one. ROWS: where a token
+        of k is written: "same", its own row; "from", as many rows further on as first_row says; "index", where rows says."""
+        program = tl.program_id(0)
+        row = program // (Q_BLOCKS + K_BLOCKS)  # a token's programs are neighbours, which read its tables together
+        block = program % (Q_BLOCKS + K_BLOCKS)
+        batch, token = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
+        cos_row = cos + batch * cos_batch + token * cos_token
+        sin_row = sin + batch * sin_batch + token * sin_token
+        if block < Q_BLOCKS:
+            _turn_heads(
+                q, q_out, q_weight, batch * q_batch + token * q_token, batch * qo_batch + token * qo_token, q_head, qo_head,
+                q_heads, block, cos_row, sin_row, SIZE, START, HALF, PAIRS, Q_COLUMNS, Q_HEADS, IN, OUT, WIDE, STEP, INVERSE,
+                NORM, WEIGHT, ONE, EPS,
+            )  # fmt: skip
+        else:
+            place, heads = token, k_heads
+            if ROWS == "from":
+                place += first_row
+            if ROWS == "index":
+                place = tl.load(rows + batch * rows_batch + token * rows_token).to(tl.int64)
+                place = tl.where(place < 0, place + all_rows, place)
+                known = (place >= 0) & (place < all_rows)
+                tl.device_assert(known, "index out of bounds for the rows of a cache")
+                heads = tl.where(known, heads, 0)  # where assertions are off, nothing is written
+            _turn_heads(
+                k, k_out, k_weight, batch * k_batch + token * k_token, batch * ko_batch + place * ko_token, k_head, ko_head,
+                heads, block - Q_BLOCKS, cos_row, sin_row, SIZE, START, HALF, PAIRS, K_COLUMNS, K_HEADS, IN, OUT, WIDE, STEP,
+                INVERSE, NORM, WEIGHT, ONE, EPS,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -168,6 +189,22 @@ class Norm:
     q_weight: Tensor | None = None
     k_weight: Tensor | None = None
     add_one: bool = False
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where k's tokens go instead of a tensor of their own: rows of a cache, whose other elements stay.
+
+    strides are the cache's for (batch, row, head); a token's row is first + its place in S, or index[place], an int32 or
+    int64 tensor, counted from the end of `count` rows where negative, at index_strides for (batch, token).
+    """
+
+    cache: Tensor
+    strides: tuple[Any, Any, Any]
+    count: Any
+    first: Any = 0
+    index: Tensor | None = None
+    index_strides: tuple[Any, Any] = (0, 0)
 
 
 def supports(
@@ -230,16 +267,21 @@ def run(
     reason = supports(q, k, cos, sin, spec, norm, in_place)
     if reason is not None:
         raise ValueError(f"rope: {reason}")
-    best = tiling(q, spec, norm is not None)
+    best = tiling(q, spec, norm is not None, cos.shape[-1])
     return launch(q, k, cos, sin, spec, norm, in_place, tile or best[0], warps or best[1])
 
 
-def tiling(q: Tensor, spec: RopeSpec, norm: bool) -> tuple[int, int]:
-    """(elements of a program's heads, warps) for q's device, as measured on an H100 (benchmarks/rope.py --tune)."""
+def tiling(q: Tensor, spec: RopeSpec, norm: bool, width: int) -> tuple[int, int]:
+    """(elements of a program's heads, warps) for q's device and tables of `width` columns, as measured on an H100
+    (benchmarks/rope.py --tune)."""
     if compat.platform(q.device) == "xpu":
         return XPU_TILE, XPU_WARPS
-    interleaved = "interleaved" in (spec.layout_in, spec.layout_out)
-    return TILE // 2 if norm and spec.rotary_dim < q.shape[-1] else TILE, WARPS // 2 if interleaved else WARPS
+    size = q.shape[-1]
+    if norm and size > 128:  # fewer threads a head, fewer steps of its sum
+        return TILE // 2, WARPS // 2 if size == spec.rotary_dim else 1
+    if spec.layout_out == "interleaved" and width == spec.rotary_dim:  # pairs of tables, too, are put in another order
+        return TILE, WARPS // 2
+    return TILE // 2 if size <= 64 else TILE, WARPS
 
 
 def launch(
@@ -254,41 +296,47 @@ def launch(
     warps: int,
     start: Start = compat.start,
     outs: Sequence[Tensor] | None = None,
+    rows: Rows | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`run` without its checks, by whatever starts kernels. outs: what results are written to, of any strides."""
+    """`run` without its checks, by whatever starts kernels. outs: what results are written to, of any strides. rows: where k's
+    is written, whose whole cache is then returned in k's place."""
     dtype = spec.out_dtype or q.dtype
     q_out, k_out = (*outs, None)[:2] if outs is not None else (q, k) if in_place else (None, None)
     q_out = torch.empty_like(q, dtype=dtype) if q_out is None else q_out
+    k_out = rows.cache if rows is not None else k_out
     k_out = torch.empty_like(k, dtype=dtype) if k_out is None and k is not None else k_out
     if q.numel() == 0:
         return q_out, k_out
     batch, q_heads, tokens, size = q.shape
     k_heads = 0 if k is None else k.shape[1]
     pairs = triton.next_power_of_2(spec.rotary_dim // 2)
-    rest = size - spec.rotary_dim
     whole = triton.next_power_of_2(size)
     q_block = min(triton.next_power_of_2(q_heads), max(1, tile // whole))
     k_block = min(triton.next_power_of_2(max(1, k_heads)), max(1, tile // whole))
     q_blocks = triton.cdiv(q_heads, q_block)
-    blocks = q_blocks + triton.cdiv(k_heads, k_block)
+    k_blocks = triton.cdiv(k_heads, k_block)
     weight = norm is not None and norm.q_weight is not None
     other, other_out = (q, q_out) if k is None or k_out is None else (k, k_out)
     q_weight = norm.q_weight if weight and norm is not None else cos
     k_weight = norm.k_weight if weight and norm is not None and norm.k_weight is not None else q_weight
+    index = rows.index if rows is not None else None
     arguments = (
-        q, other, q_out, other_out, cos, sin, q_weight, k_weight, tokens,
-        *_strides(q), *_strides(other), *_strides(q_out), *_strides(other_out),
+        q, other, q_out, other_out, cos, sin, q_weight, k_weight, cos if index is None else index, tokens,
+        *_strides(q), *_strides(other), *_strides(q_out), *(_strides(other_out) if rows is None else rows.strides),
         _batch_stride(cos), cos.stride(1), _batch_stride(sin), sin.stride(1), q_heads, k_heads,
+        *(rows.index_strides if rows is not None else (0, 0)), *((rows.first, rows.count) if rows is not None else (0, 0)),
     )  # fmt: skip
     constants = {
         "SIZE": size,
         "START": spec.start,
         "HALF": spec.rotary_dim // 2,
         "PAIRS": pairs,
-        "COLUMNS": whole if rest > 0 and (not in_place or norm is not None) else 0,
+        "Q_COLUMNS": _columns(q, q_out, spec, norm),
+        "K_COLUMNS": _columns(other, other_out, spec, norm),
         "Q_HEADS": q_block,
         "K_HEADS": k_block,
         "Q_BLOCKS": q_blocks,
+        "K_BLOCKS": k_blocks,
         "IN": spec.layout_in == "interleaved",
         "OUT": spec.layout_out == "interleaved",
         "WIDE": cos.shape[-1] == spec.rotary_dim,
@@ -298,10 +346,17 @@ def launch(
         "WEIGHT": weight,
         "ONE": 1.0 if norm is not None and norm.add_one else 0.0,
         "EPS": norm.eps if norm is not None else 0.0,  # an argument would come as float64, and make the norm so
+        "ROWS": "same" if rows is None else "from" if index is None else "index",
     }
     written = ["q_out"] if k is None else ["q_out", "k_out"]
-    results = start(rope_kernel, (batch * tokens, blocks), arguments, constants, written, warps=warps)
+    results = start(rope_kernel, (batch * tokens * (q_blocks + k_blocks),), arguments, constants, written, warps=warps)
     return results[0], results[1] if k is not None else None
+
+
+def _columns(x: Tensor, out: Tensor, spec: RopeSpec, norm: Norm | None) -> int:
+    """What a program holds of a head of which a part turns: all of it, or, in place without a norm, that part (0)."""
+    rest = x.shape[-1] > spec.rotary_dim
+    return int(triton.next_power_of_2(x.shape[-1])) if rest and (out is not x or norm is not None) else 0
 
 
 def _strides(x: Tensor) -> tuple[Any, Any, Any]:

@@ -15,7 +15,7 @@ from braze.backend import collect
 from braze.kernels.spec import RopeSpec
 from braze.kernels.triton import rope
 from tests import rope_models, tiny
-from tests.test_triton_rope import SPECS, compare, inputs, tables
+from tests.test_triton_rope import ROWS, SPECS, compare, compare_rows, inputs, tables
 
 TARGETS = ["pvc", "generic"]
 
@@ -54,6 +54,13 @@ def test_norm_before_the_rotation(target: str, layout: Any, add_one: bool, size:
     with xpu_sim.device(target):
         compare(q, k, cos, sin, spec, rope.Norm(1e-6, weights[0], weights[1], add_one))
         compare(q, None, cos, sin, spec, rope.Norm(1e-5))
+
+
+@pytest.mark.parametrize(("layout", "index"), ROWS, ids=str)
+def test_rows_of_a_cache(layout: str, index: Tensor | None) -> None:
+    for target, rotary in zip(TARGETS, (32, 24), strict=True):
+        with xpu_sim.device(target):
+            compare_rows(layout, index, 32, rotary)
 
 
 @pytest.mark.parametrize(("name", "form"), [("qwen3", ", weight)"), ("gemma3", ", 1 + weight)"), ("olmo2", "half")])

@@ -1,0 +1,82 @@
+"""A rotation on CPU, with the norm before it, as one call of a C++ function: `braze::norm_rope`, written into Inductor's code.
+
+It takes the place of `braze::rope` where there is enough to turn; a few tokens are left to loops that fuse with what is around.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from braze.kernels.cpp import rope
+from braze.kernels.spec import NormSpec, RopeSpec
+from braze.lowering import inductor
+from braze.lowering.rotations import Turn, as_kernels_see
+
+
+def refusal(turn: Turn) -> str | None:
+    """Why the C++ kernel does not make this call, in words; None where it does."""
+    size = turn.x.meta["val"].numel()
+    if isinstance(size, int) and size < rope.WORTH:
+        return "a call costs more than it saves for so few tokens"
+    x, cos, sin = as_kernels_see(turn)
+    weight = turn.weights[0].meta["val"] if turn.weights else None
+    return rope.supports(x, cos, sin, turn.spec, weight)
+
+
+def apply(turn: Turn) -> None:
+    """Replaces a `braze::rope` call, and the norm before it, by `braze::norm_rope`."""
+    call, norm = turn.call, turn.norm_spec
+    attributes = {k: v for k, v in asdict(turn.spec).items() if k != "out_dtype"}
+    if norm is not None:
+        attributes |= {"eps": norm.eps, "add_one": norm.add_one}
+    with call.graph.inserting_before(call):
+        new = call.graph.call_function(
+            torch.ops.braze.norm_rope.default,
+            (turn.x, *turn.tables, turn.weights[0] if turn.weights else None),
+            {**attributes, "axis": turn.axis},
+        )
+    new.meta = {**call.meta}
+    new.meta.pop("eager_input_vals", None)
+    call.replace_all_uses_with(new)
+    call.graph.erase_node(call)
+    if turn.norm is not None and not turn.norm.users:
+        call.graph.erase_node(turn.norm)
+
+
+def lower(
+    x: Any, cos: Any, sin: Any, weight: Any = None, *, axis: int, eps: float | None = None, add_one: bool = False,
+    **attributes: Any,
+) -> Any:  # fmt: skip
+    """`braze::norm_rope` as the call."""
+    spec, norm = RopeSpec(**attributes), None if eps is None else NormSpec(eps, add_one)
+    size = x.get_size()
+    rank = len(size)
+    batch, token = size[0] if rank == 4 else 1, 2 * rank - 5 - axis
+    given = [inductor.with_rows(t) for t in ((x, cos, sin) if weight is None else (x, cos, sin, weight))]
+    wide = inductor.same_size(cos.get_size()[-1], spec.rotary_dim)
+
+    def strides(of: Sequence[Any]) -> tuple[Any, Any, Any]:
+        return of[0] if rank == 4 else 0, of[token], of[axis]
+
+    def table(lie: Any) -> rope.Lie:
+        at = [
+            0 if d < 0 or inductor.same_size(lie.shape[d], 1) else lie.stride(d)
+            for d in ((0, token) if rank == 4 else (-1, token))
+            for d in (d - rank + len(lie.shape) if d >= 0 else d,)
+        ]
+        return (*at, lie.stride(len(lie.shape) - 1)), lie.dtype
+
+    def numbers(lies: Sequence[Any]) -> Sequence[Any]:
+        dense = [1]
+        for s in reversed(size[1:]):
+            dense.insert(0, dense[0] * s)
+        return rope.numbers(
+            (batch, size[token], size[axis], size[-1]), strides(dense), strides(lies[0].stride()), table(lies[1]),
+            table(lies[2]), wide, spec, norm, None if weight is None else lies[3].dtype,
+        )  # fmt: skip
+
+    tensors = given if weight is not None else [*given, given[0]]
+    source = rope.source(spec.layout_in, spec.layout_out)
+    return inductor.cpp_call(size, x.get_dtype(), tensors, source, numbers, rope.ARGUMENTS)
