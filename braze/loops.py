@@ -1,31 +1,32 @@
-"""Loops over the experts that were hit become one gathered computation, which a graph can hold.
+"""Loops over the experts that were hit become one computation that a graph can hold (braze.unlooped).
 
-What one expert does to one row (braze.one_expert), mapped over rows that gather their own parts of the parameters, weighted and
-added up per token, is the module again, whatever its loop was. The two are compared before one takes the other's place.
+What one expert does to one row (braze.one_expert), mapped over rows, weighted and added up per token, is the module again,
+whatever its loop was. The two are compared before one takes the other's place, and it must be fused.
 """
 
 import copy
 import inspect
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map
 
 from braze import ops as _ops  # noqa: F401  (registers the semantic ops)
 from braze.lowering import inductor
-from braze.one_expert import Expert, NoExpert, trace
+from braze.one_expert import Expert, NoExpert, Part, trace
 from braze.passes import pipeline
+from braze.unlooped import Past, Unlooped
 
 log = logging.getLogger("braze")
 
-#: What an id past the last expert does: it must not occur, or it adds nothing.
-Past = Literal["fails", "nothing"]
-
 MAX_EXPERTS = 1024
+#: More experts with parameters of their own than this are left in their loop: as many products would make a large graph.
+MAX_IN_TURN = 256
 #: A module with more parameters than this is compared in its own dtype, without a copy in float64.
 MAX_COPY = 2**26
 
@@ -34,53 +35,6 @@ _SIGNS = ("nonzero(", ".tolist(", ".item(", ".any(", "where(", "unique(")
 
 class KeepsLoop(Exception):
     """Why a module's loop stays."""
-
-
-@dataclass(frozen=True)
-class Stack:
-    """A parameter of all experts, viewed with `shape`."""
-
-    name: str
-    shape: tuple[int, ...]
-
-    def of(self, module: nn.Module, experts: int) -> Tensor:
-        """[experts, ...]."""
-        return module.get_parameter(self.name).view(self.shape)[:experts]
-
-
-@dataclass(frozen=True, eq=False)
-class Gathered:
-    """The forward of `module` without its loop: x [T, H] or [B, S, H], ids and weights [T, k] -> as the loop's.
-
-    one: what an expert does, (row [1, H], *parts) -> [1, H]. The parameters are read at each call, so that none goes stale.
-    batched_result: whether the result is [x.shape[0], ., H] whatever x was.
-    """
-
-    module: nn.Module
-    one: fx.GraphModule
-    stacks: tuple[Stack, ...]
-    experts: int
-    past: Past
-    batched_result: bool = False
-
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return self.compute(x, ids, weights, *(s.of(self.module, self.experts) for s in self.stacks))
-
-    def compute(self, x: Tensor, ids: Tensor, weights: Tensor, *stacks: Tensor) -> Tensor:
-        """The result from parameters [experts, ...]."""
-        hidden = x.shape[-1]
-        flat = x.reshape(-1, hidden)
-        tokens, slots = flat.shape[0], ids.shape[-1]
-        own = weights = weights.reshape(tokens, slots)
-        expert = ids = ids.reshape(tokens, slots)
-        if self.past != "fails":
-            own = torch.where(ids < self.experts, weights, 0.0)
-            expert = torch.where(ids < self.experts, ids, 0)
-        which = expert.flatten()
-        rows = flat.repeat_interleave(slots, 0).unsqueeze(1)
-        y: Tensor = torch.vmap(self.one)(rows, *(s[which] for s in stacks)).reshape(-1, hidden)
-        y = (y * own.flatten().unsqueeze(1)).view(tokens, slots, hidden).sum(1)
-        return y.to(x.dtype).reshape((x.shape[0], -1, hidden) if self.batched_result else x.shape)
 
 
 def is_loop(module: nn.Module) -> bool:
@@ -95,46 +49,73 @@ def is_loop(module: nn.Module) -> bool:
     return len(parameters) == 4 and any(sign in source for sign in _SIGNS)
 
 
-def gathered(module: nn.Module) -> Gathered:
+def unlooped(module: nn.Module) -> Unlooped:
     """The module's computation without its loop, compared with it; KeepsLoop with the reason where there is none."""
-    hidden, first = _first(module)
-    experts, past = [first], "fails"
+    reasons = []
+    for by_mask in (False, True):
+        try:
+            return _unlooped(module, by_mask)
+        except KeepsLoop as e:
+            reasons.append(str(e))
+    raise KeepsLoop(reasons[0])
+
+
+def _unlooped(module: nn.Module, by_mask: bool) -> Unlooped:
+    hidden, first = _first(module, by_mask)
+    experts: list[Expert] = [first]
+    past: Past = "fails"
+    rest: Expert | None = None
     for e in range(1, MAX_EXPERTS):
         try:
-            found = trace(module, e, hidden)
+            found = trace(module, e, hidden, by_mask)
         except (NoExpert, RuntimeError, IndexError, ValueError, KeyError):
             break
         if found is None:
             past = "nothing"
             break
         if not found.parts:
-            raise KeepsLoop(f"expert {e} has no parameters: no site covers experts of two kinds yet")
-        if found.text != first.text:
+            if rest is not None and found.text != rest.text:
+                raise KeepsLoop(f"expert {e} has no parameters and does not compute what the others without any do")
+            rest = found
+            continue
+        if rest is not None or found.text != first.text:
             raise KeepsLoop(f"expert {e} does not compute what expert 0 does")
         experts.append(found)
-    one = fx.GraphModule(nn.Module(), first.code)
-    made = Gathered(module, one, _stacks(experts), len(experts), past)  # type: ignore[arg-type]
-    made = _compared(made)
-    if not _fuses(made):
-        raise KeepsLoop("its products are not recognised, and rows that gather weights would cost more than the loop")
+    parts = tuple(e.parts for e in experts)
+    one, others = (None if e is None else fx.GraphModule(nn.Module(), e.code) for e in (first, rest))
+    assert one is not None
+    made = _compared(Unlooped(module, one, parts, _stacked(parts), past, others, by_mask))
+    if not made.stacked and made.experts > MAX_IN_TURN:
+        raise KeepsLoop(f"{made.experts} experts with parameters of their own, more than {MAX_IN_TURN}")
+    reason = _unfused(made)
+    if reason is not None:
+        raise KeepsLoop(f"its products are not recognised ({reason}): computing them otherwise would cost more than the loop")
     return made
 
 
-def _fuses(made: Gathered) -> bool:
-    """Whether the passes make an expert site of it, on a graph of a few tokens."""
+def _unfused(made: Unlooped) -> str | None:
+    """Why the passes make no expert site of it, on a graph of a few tokens; None where they do."""
     like = next(made.module.parameters())
     x = torch.ones(6, _hidden(made), dtype=like.dtype, device=like.device)
     ids = torch.zeros(6, 2, dtype=torch.int64, device=like.device)
-    stacks = [s.of(made.module, made.experts).detach() for s in made.stacks]
-    trace_ = make_fx(made.compute, decomposition_table=dict(inductor.decompositions()), tracing_mode="fake")
+    weights = torch.ones_like(ids, dtype=like.dtype)
+    given = nn.functional.one_hot(ids, made.experts) if made.by_mask else ids
+    parameters = tree_map(Tensor.detach, made.parameters())
+
+    def body(*given: Any) -> Tensor:
+        return made.compute(*given)
+
+    trace_ = make_fx(body, decomposition_table=dict(inductor.decompositions()), tracing_mode="fake")
     with torch.no_grad():
-        graph = trace_(x, ids, torch.ones_like(ids, dtype=like.dtype), *stacks).graph
+        graph = trace_(x, given, weights, parameters).graph
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default  # as in the graphs that the passes see
     graph.eliminate_dead_code()  # decompositions leave casts behind, which would look like other uses
     with inductor.no_modes():
         result = pipeline.run(graph, disable=("rope", "router"))
-    return any(finding.kind == "moe" for _, finding in result.calls)
+    if any(finding.kind == "moe" for _, finding in result.calls):
+        return None
+    return "; ".join(m.reason for m in result.near_misses) or "nothing came close"
 
 
 def without_loops(model: nn.Module) -> None:
@@ -149,11 +130,11 @@ def without_loops(model: nn.Module) -> None:
             log.info("%s: experts implementation grouped_mm instead of eager", name)
         elif is_loop(module):
             try:
-                module.forward = gathered(module)  # type: ignore[method-assign]
+                module.forward = unlooped(module)  # type: ignore[method-assign]
             except KeepsLoop as e:
                 log.warning("%s keeps its loop over experts: %s", name, e)
             else:
-                log.info("%s: its loop over experts became gathered products", name)
+                log.info("%s: its loop over experts became products that a graph holds", name)
 
 
 def _is_eager(module: nn.Module) -> Any:
@@ -162,13 +143,13 @@ def _is_eager(module: nn.Module) -> Any:
     return decorated and getattr(getattr(module, "config", None), "_experts_implementation", None) == "eager"
 
 
-def _first(module: nn.Module) -> tuple[int, Expert]:
+def _first(module: nn.Module, by_mask: bool) -> tuple[int, Expert]:
     """The size of a row, tried out among the sizes of the parameters, and what the first expert does to one."""
     sizes = [getattr(module, "hidden_size", None), *(s for p in module.parameters() for s in reversed(p.shape))]
     reason = "its forward does not run on one row"
     for hidden in dict.fromkeys(s for s in sizes if isinstance(s, int)):
         try:
-            found = trace(module, 0, hidden)
+            found = trace(module, 0, hidden, by_mask)
         except (RuntimeError, IndexError, ValueError, TypeError, KeyError, AttributeError):
             continue
         except NoExpert as e:
@@ -179,22 +160,20 @@ def _first(module: nn.Module) -> tuple[int, Expert]:
     raise KeepsLoop(reason)
 
 
-def _stacks(experts: Sequence[Expert]) -> tuple[Stack, ...]:
-    stacks = []
-    for parts in zip(*(e.parts for e in experts), strict=True):
-        names = tuple(p.name for p in parts)
-        if all(p.index == e for e, p in enumerate(parts)) and len({(p.name, p.shape) for p in parts}) == 1:
-            stacks.append(Stack(names[0], parts[0].shape))
-        elif all(p.index is None for p in parts) and len(set(names)) == len(names):
-            raise KeepsLoop(
-                f"each expert has a parameter of its own ({names[0]}): stacking them would copy them at each call"
-            )
-        else:
-            raise KeepsLoop(f"experts take their parts of {names[0]} in no order")
-    return tuple(stacks)
+def _stacked(parts: Sequence[tuple[Part, ...]]) -> bool:
+    """Whether each part is one parameter of all experts, in their order; KeepsLoop where it is in another."""
+    stacked = set()
+    for same in zip(*parts, strict=True):
+        names = {p.name for p in same}
+        in_order = [p.index for p in same] == list(range(len(same))) and len({p.shape for p in same}) == 1
+        own = all(p.index is None for p in same) and len(names) == len(same)
+        if not own and not (len(names) == 1 and in_order):
+            raise KeepsLoop(f"experts take their parts of {same[0].name} in no order")
+        stacked.add(not own)
+    return stacked == {True}
 
 
-def _compared(made: Gathered) -> Gathered:
+def _compared(made: Unlooped) -> Unlooped:
     """`made`, with the shape of result that the loop has; KeepsLoop where the two do not compute the same."""
     module = made.module
     small = sum(p.numel() for p in module.parameters()) <= MAX_COPY
@@ -202,34 +181,38 @@ def _compared(made: Gathered) -> Gathered:
     like = next(module.parameters())
     rng = torch.Generator().manual_seed(1)
     hidden = _hidden(made)
-    ids = torch.stack([torch.randperm(made.experts, generator=rng)[:2] for _ in range(6)])
+    every = made.experts + (made.rest is not None)
+    ids = torch.stack([torch.randperm(every, generator=rng)[: min(2, every)] for _ in range(6)]).to(like.device)
     weights = torch.randn(ids.shape, generator=rng).to(like)
+    choice = (
+        nn.functional.one_hot(ids, every) * (torch.rand(6, 1, 1, generator=rng) < 0.8).to(ids) if made.by_mask else ids
+    )
     reason = "its forward takes neither [tokens, hidden] nor [batch, tokens, hidden]"
     shapes: set[bool] = set()
     for shape in ((6, hidden), (2, 3, hidden)):
         x = torch.randn(shape, generator=rng).to(like)
         try:
             with torch.no_grad():
-                expected: Any = type(module).forward(module, x, ids.to(like.device), weights)
+                expected: Any = type(module).forward(module, x, choice, weights)
         except (RuntimeError, IndexError, ValueError):
             continue
-        got = Gathered(module, made.one, made.stacks, made.experts, made.past)
+        twin = made.of(module)
         with torch.no_grad():
-            y = got(x, ids.to(like.device), weights)
+            y = twin.compute(x, choice, weights, twin.parameters())
         scale = float(expected.abs().max())
         error = float((y.reshape(-1) - expected.reshape(-1)).abs().max()) / (scale or 1.0)
         tolerance = 1e-9 if like.dtype == torch.float64 else 16 * torch.finfo(like.dtype).eps
         if not scale or not error <= tolerance:
-            raise KeepsLoop(f"rows gathered give another result (relative difference {error:.1e})")
+            raise KeepsLoop(f"without it the result is another (relative difference {error:.1e})")
         middle = expected.shape != x.shape
         if middle and expected.shape != (x.shape[0], *y.reshape(x.shape[0], -1, hidden).shape[1:]):
             raise KeepsLoop(f"its result for {shape} has shape {tuple(expected.shape)}")
         shapes.add(middle or (x.ndim == 3 and True in shapes))
     if len(shapes) != 1:
         raise KeepsLoop(reason if not shapes else "its results have no one shape")
-    return Gathered(made.module, made.one, made.stacks, made.experts, made.past, shapes.pop())
+    return replace(made, batched_result=shapes.pop())
 
 
-def _hidden(made: Gathered) -> int:
+def _hidden(made: Unlooped) -> int:
     row = next(iter(made.one.graph.nodes))
     return int(row.meta["shape"][-1])

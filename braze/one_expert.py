@@ -188,12 +188,23 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc]
         return bool(a == value)
 
 
-def trace(module: nn.Module, expert: int, hidden: int) -> Expert | None:
-    """What the expert does; None where nothing is done for its id. NoExpert, or the module's own error, where it fails."""
+def _mask(module: nn.Module, expert: int, device: torch.device) -> Tensor:
+    """[1, 1, experts], true for one of them."""
+    experts = getattr(module, "num_experts", None)
+    if not isinstance(experts, int) or expert >= experts:
+        raise NoExpert(f"it has no expert {expert}")
+    return torch.nn.functional.one_hot(torch.tensor([[expert]], device=device), experts)
+
+
+def trace(module: nn.Module, expert: int, hidden: int, by_mask: bool = False) -> Expert | None:
+    """What the expert does; None where nothing is done for its id. by_mask: whether the module takes a mask [T, 1, experts] in
+    place of ids. NoExpert, or the module's own error, where it fails."""
     like = next(module.parameters())
     row = torch.randn(1, hidden, generator=torch.Generator().manual_seed(0)).to(like)
     ids = torch.tensor([[expert, int(expert == 0)]], device=like.device)
     weights = torch.tensor([[1.0, 0.0]], dtype=like.dtype, device=like.device)
+    if by_mask:
+        ids, weights = _mask(module, expert, like.device), weights[:, :1]
     with torch.no_grad(), _Recorder(module, row) as recorder:
         out = type(module).forward(module, row, ids, weights)
     if not isinstance(out, Tensor) or out.numel() != hidden:

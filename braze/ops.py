@@ -1,10 +1,11 @@
 """The semantic ops: what a find is rewritten to, before any kernel is chosen.
 
-`braze::moe`, `braze::rope`, `braze::rms_norm`, `braze::norm_rope` (both at once), `braze::route` and
-`braze::grouped_mm` are functional; each has a fake kernel
-(shapes), a reference in float32 (braze.kernels.reference) and a decomposition into ATen ops, which is how they run eagerly.
+`braze::moe` (`moe_apart`, `moe_separate` where weights are several tensors), `braze::rope`, `braze::rms_norm`,
+`braze::norm_rope` (both at once), `braze::route` and `braze::grouped_mm` are functional; each has a fake kernel (shapes), a
+reference in float32 (braze.kernels.reference) and a decomposition into ATen ops, which is how they run eagerly.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -32,6 +33,11 @@ SEPARATE_SCHEMA = (
     'str activation="g*u*sigmoid(g)", str layout="halves", bool transposed=False, str weight_on="output", '
     "float scale=1.0, ScalarType? out_dtype=None) -> Tensor"
 )
+APART_SCHEMA = (
+    "(Tensor x, Tensor ids, Tensor weights, Tensor gate, Tensor up, Tensor w2, Tensor? b_gate=None, Tensor? b_up=None, "
+    'Tensor? b2=None, *, str activation="g*u*sigmoid(g)", str layout="halves", bool transposed=False, '
+    'str weight_on="output", float scale=1.0, ScalarType? out_dtype=None) -> Tensor'
+)
 ROPE_SCHEMA = (
     "(Tensor x, Tensor cos, Tensor sin, *, int rotary_dim, int start=0, str layout_in='half', "
     "str layout_out='half', bool inverse=False, ScalarType? out_dtype=None) -> Tensor"
@@ -50,6 +56,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 torch.library.define("braze::moe", MOE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::moe_separate", SEPARATE_SCHEMA, tags=_TAGS)
+torch.library.define("braze::moe_apart", APART_SCHEMA, tags=_TAGS)
 torch.library.define("braze::rope", ROPE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::rms_norm", NORM_SCHEMA, tags=_TAGS)
 torch.library.define("braze::norm_rope", NORM_ROPE_SCHEMA, tags=_TAGS)
@@ -180,10 +187,39 @@ def _separate(
     x: Tensor, ids: Tensor, weights: Tensor, w1: list[Tensor], w2: list[Tensor], b1: list[Tensor], b2: list[Tensor],
     **attributes: Any,
 ) -> Tensor:  # fmt: skip
-    spec = _moe_spec(**attributes)
+    return _one_by_one(x, ids, weights, w1, w2, b1, b2, _moe_spec(**attributes))
+
+
+def _one_by_one(
+    x: Tensor, ids: Tensor, weights: Tensor, w1: list[Tensor], w2: list[Tensor], b1: list[Tensor], b2: list[Tensor],
+    spec: MoeSpec,
+) -> Tensor:  # fmt: skip
     if x.device.type != "cpu" or cpp_separate.supports(x, ids, weights, w1, w2, b1, b2, spec):
         return separate.moe(x, ids, weights, w1, w2, b1, b2, spec)
     return cpp_separate.run(x, ids, weights, w1, w2, b1, b2, spec)
+
+
+@torch.library.register_fake("braze::moe_apart")
+def _apart_fake(
+    x: Tensor, ids: Tensor, weights: Tensor, gate: Tensor, up: Tensor, w2: Tensor, b_gate: Tensor | None = None,
+    b_up: Tensor | None = None, b2: Tensor | None = None, **attributes: Any,
+) -> Tensor:  # fmt: skip
+    spec = MoeSpec(**attributes)
+    torch._check(gate.shape == up.shape, lambda: f"moe: gate {tuple(gate.shape)} and up {tuple(up.shape)} differ")
+    torch._check(spec.layout == "halves", lambda: "moe: gate and up of two tensors are halves")
+    check_moe(x, ids, weights, gate, w2, replace(spec, layout="none"))
+    return x.new_empty(x.shape, dtype=spec.out_dtype or x.dtype)
+
+
+@torch.library.impl("braze::moe_apart", "CompositeExplicitAutograd")
+def _apart(
+    x: Tensor, ids: Tensor, weights: Tensor, gate: Tensor, up: Tensor, w2: Tensor, b_gate: Tensor | None = None,
+    b_up: Tensor | None = None, b2: Tensor | None = None, **attributes: Any,
+) -> Tensor:  # fmt: skip
+    spec = _moe_spec(**attributes)
+    if x.device.type == "cpu":
+        return _one_by_one(x, ids, weights, *separate.lists(gate, up, w2, b_gate, b_up, b2), spec)
+    return aten.moe_apart(x, ids, weights, gate, up, w2, b_gate, b_up, b2, spec)
 
 
 @torch.library.register_fake("braze::rope")

@@ -53,6 +53,28 @@ def moe(
     return combine(y, rows, weights, b2, spec, x.dtype)
 
 
+def moe_apart(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    w2: Tensor,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    b2: Tensor | None,
+    spec: MoeSpec,
+) -> Tensor:
+    """As `moe`, with the halves of w1 and b1 as two tensors: a product of the sorted rows for each."""
+    rows = sort_rows(ids, gate.shape[0])
+    sorted_x = x[rows.perm // ids.shape[1]]
+    halves = [_grouped_mm(sorted_x, w if spec.transposed else w.transpose(1, 2), rows.ends) for w in (gate, up)]
+    b1 = None if b_gate is None or b_up is None else torch.cat((b_gate, b_up), 1)
+    act = between(torch.cat(halves, 1), rows, weights, b1, spec)
+    y = _grouped_mm(act, w2 if spec.transposed else w2.transpose(1, 2), rows.ends)
+    return combine(y, rows, weights, b2, spec, x.dtype)
+
+
 def between(h: Tensor, rows: Rows, weights: Tensor, b1: Tensor | None, spec: MoeSpec) -> Tensor:
     """The first product h [T*k, N] of sorted rows -> what the second one reads, in h's dtype."""
     wide = h.float()

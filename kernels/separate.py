@@ -50,6 +50,19 @@ def moe(
     return (out if spec.scale == 1.0 else out * spec.scale).to(spec.out_dtype or x.dtype)
 
 
+def lists(
+    gate: Tensor, up: Tensor, w2: Tensor, b_gate: Tensor | None, b_up: Tensor | None, b2: Tensor | None
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Gate and up of two tensors [E, ., .] as `moe` takes them: views, expert by expert; biases [E, .] likewise."""
+    w1 = [w for pair in zip(gate.unbind(), up.unbind(), strict=True) for w in pair]
+    b1 = (
+        []
+        if b_gate is None or b_up is None
+        else [b for p in zip(b_gate.unbind(), b_up.unbind(), strict=True) for b in p]
+    )
+    return w1, list(w2.unbind()), b1, [] if b2 is None else list(b2.unbind())
+
+
 def _product(x: Tensor, w: Tensor, bias: Tensor | None, spec: MoeSpec) -> Tensor:
     y = linear(x, w.t() if spec.transposed else w)
     return y if bias is None else y + bias

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import fx
 
+from braze.kernels import separate
 from braze.kernels.cpp import moe as cpp_moe
 from braze.kernels.cpp import moe_separate as cpp_separate
 from braze.kernels.cpp import route as cpp_route
@@ -73,6 +74,21 @@ def choose_separate(call: fx.Node) -> tuple[str, str]:
     refusal = cpp_separate.supports(x, ids, weights, w1, w2, b1, b2, MoeSpec(**attributes))
     if refusal is not None:
         return "separate", f"{in_turn}; the cpp kernel does not take this ({refusal})"
+    return "cpp", "one C++ call with a pointer an expert, rows gathered in place, weights where they lie"
+
+
+def choose_apart(call: fx.Node) -> tuple[str, str]:
+    """(kernel, why) for a `braze::moe_apart` call: "aten" opens it up, the others make it `braze::moe_separate`."""
+    args: Any = fx.node.map_arg(call.args, lambda n: n.meta["val"])
+    attributes: Any = call.kwargs
+    x, ids, weights, gate, up, w2, b_gate, b_up, b2 = args
+    composed = "grouped products on sorted rows, one for gate and one for up: they are two tensors"
+    if x.device.type != "cpu":
+        return "aten", composed
+    lists = separate.lists(gate, up, w2, b_gate, b_up, b2)
+    refusal = cpp_separate.supports(x, ids, weights, *lists, MoeSpec(**attributes))
+    if refusal is not None:
+        return "aten", f"{composed}; the cpp kernel does not take this ({refusal})"
     return "cpp", "one C++ call with a pointer an expert, rows gathered in place, weights where they lie"
 
 

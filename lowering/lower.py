@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from braze.kernels import aten
+from braze.kernels import aten, separate
 from braze.kernels.spec import MoeSpec, RouteSpec
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
 from braze.lowering import cpp_call, cpp_rope, inductor, rope_loops, rotations, vendor
-from braze.lowering.choose import choose_moe, choose_rope, choose_route, choose_separate
+from braze.lowering.choose import choose_apart, choose_moe, choose_rope, choose_route, choose_separate
 from braze.lowering.inline import inline, inline_all
 from braze.lowering.rotations import Turn
 
@@ -45,6 +45,9 @@ def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str
             _apply_route(call, kernel)
         elif call.target.name() == "braze::moe_separate":  # type: ignore[union-attr]
             kernel, why = choose_separate(call)
+        elif call.target.name() == "braze::moe_apart":  # type: ignore[union-attr]
+            kernel, why = choose_apart(call)
+            inline(call, _compose_apart if kernel == "aten" else _as_separate, inductor.decompositions())
         else:
             kernel, why = vendor.choose(call, "moe", forced.get("moe", "auto"), choose_moe)
             _apply_moe(call, kernel)
@@ -104,6 +107,15 @@ def _launch_route(logits, bias=None, **attributes) -> tuple[Tensor, Tensor]:  # 
 
 def _compose_moe(x, ids, weights, w1, w2, b1=None, b2=None, **attributes):  # type: ignore[no-untyped-def]
     return aten.moe(x, ids, weights, w1, w2, b1, b2, MoeSpec(**attributes))
+
+
+def _compose_apart(x, ids, weights, gate, up, w2, b_gate, b_up, b2, **attributes):  # type: ignore[no-untyped-def]
+    return aten.moe_apart(x, ids, weights, gate, up, w2, b_gate, b_up, b2, MoeSpec(**attributes))
+
+
+def _as_separate(x, ids, weights, gate, up, w2, b_gate, b_up, b2, **attributes):  # type: ignore[no-untyped-def]
+    lists = separate.lists(gate, up, w2, b_gate, b_up, b2)
+    return torch.ops.braze.moe_separate(x, ids, weights, *lists, **attributes)
 
 
 def _launch_moe(x, ids, weights, w1, w2, b1=None, b2=None, **attributes) -> Tensor:  # type: ignore[no-untyped-def]

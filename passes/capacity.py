@@ -6,6 +6,7 @@ Where each place (e, c) has one token at most, and C is 0 for all others, out[t]
 expert that had no place for a token has the weight 0, and its row is left out by the id -1. The proof runs masks and all.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,18 +59,17 @@ def site(pair: Pair, ev: Elements) -> MoeSite | None:
     by_expert = number[1] == (1 if capacity == 1 else 0)  # [experts, capacity], or [capacity, experts]
     term = terms[places - 1]
     act = between(pair, term, ev.shape(w2.weight)[1 if w2.transposed else 2], lambda load: False, ev)
-    if act.side.transposed != w2.transposed:
-        raise NoExperts("the two weights are stored in different orders")
-    x = _tokens(pair, gather, act.idx, (tokens, hidden), ev)
+    x = _tokens(pair, gather, act.at, (tokens, hidden), ev)
     b2 = rows.second_bias([term], [experts - 1], experts, ev)
 
     def weight(e: int) -> tuple[fx.Node, Position]:
         j = e * capacity + capacity - 1 if by_expert else (capacity - 1) * experts + e
         return _operand(mixed.node, mixed.left), (*at[:-1], j) if mixed.left else (*at[:-2], j, at[-2])
 
-    spec = MoeSpec(act.text, act.layout, w2.transposed, "output", scale, root.meta["val"].dtype)
+    spec = MoeSpec(act.text, act.layout, act.side.transposed, "output", scale, root.meta["val"].dtype)
     root = separate.flat(root, ev)
-    x = separate.rows_of(x, hidden, ev, root)
+    w1, b1, down = separate.named(act.sides, act.biases, w2, root)
+    x = separate.rows_of(separate.cast(x, pair.first.meta["val"].dtype, root), hidden, ev, root)
     with root.graph.inserting_before(root):
         mask = _operand(mixed.node, mixed.left)
         if not mixed.left:
@@ -79,7 +79,7 @@ def site(pair: Pair, ev: Elements) -> MoeSite | None:
         mask = separate.reshaped(mask, [sizes[0], *((experts, sizes[1]) if by_expert else (sizes[1], experts))])
     picked = chosen_by(weight, mask, 1 if by_expert else 2, experts, tokens, root, ev)
     found = MoeSite(
-        root, x, picked.ids, picked.weights, act.side.weight, w2.weight, act.bias, b2, picked.weights, spec, "capacity",
+        root, x, picked.ids, picked.weights, w1, down, b1, b2, picked.weights, spec, "capacity",
         capacity=mask.meta["val"].shape[2 if by_expert else 1],
     )  # fmt: skip
     return with_choice(found, picked)
@@ -139,10 +139,13 @@ def _row(pair: Pair, mixed: Mixed, at: Position, j: int, ev: Elements) -> Term:
     return terms[0]
 
 
-def _tokens(pair: Pair, gather: fx.Node, idx: Position, shape: tuple[int, int], ev: Elements) -> fx.Node:
-    """x [.., hidden], the operand of a product that gathers rows."""
-    start = products.input_element(pair.first, idx, 0, pair.first_left)
-    _, at = list(trail(*start, ev))[-1]
+def _tokens(pair: Pair, gather: fx.Node, firsts: Sequence[Position], shape: tuple[int, int], ev: Elements) -> fx.Node:
+    """x [.., hidden], the operand of a product that gathers the rows of the first products. firsts: an element of each."""
+    starts = [products.input_element(f, i, 0, pair.first_left) for f, i in zip(pair.firsts, firsts, strict=True)]
+    ends = {list(trail(*start, ev))[-1] for start in starts}
+    node, at = ends.pop()
+    if ends or node is not gather:
+        raise NoExperts("gate and up are products of different rows")
     size = ev.shape(_operand(gather, True))[-1]
     for source in (
         (_operand(gather, False), (*at[:-2], size - 1, at[-1])),

@@ -86,7 +86,7 @@ def sparse(site: MoeSite, ev: Elements) -> MoeSite:
 def with_choice(site: MoeSite, picked: Chosen) -> MoeSite:
     """A site with ids and weights that are computed from a choice, and what else they are computed from."""
     parameters = [n for n in (site.w1, site.w2, site.b1, site.b2) if n is not None]
-    parameters += [n for p in parameters for n in separate.lists(p)]
+    parameters += [n for p in parameters for n in separate.sources(p)]
     given = _given_to((site.root, picked.ids, picked.weights), (*picked.sources, *parameters), site.x)
     return replace(
         site, ids=picked.ids, weights=picked.weights, values=picked.weights, chosen=picked.sources, given=given

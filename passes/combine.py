@@ -5,6 +5,7 @@
 The sum is a reduction, a chain of additions, or a product with the weights (the end of an einsum), which is written out.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,13 +49,19 @@ def root_of(pair: Pair, left: bool, ev: Elements) -> fx.Node:
         node = users[0]
         if not isinstance(node.meta.get("val"), torch.Tensor):
             break
-        if node.target is aten.sum.dim_IntList:
+        if node.target is aten.sum.dim_IntList or adds_rows(node):
             return output_of(node, ev)
         if node.target is aten.bmm.default and _combines(node, pair, left, ev):
             return output_of(node, ev)
         if node.meta["val"].ndim == 2 and not returned:
             last = node
     return last
+
+
+def adds_rows(node: fx.Node) -> bool:
+    """Whether rows are added up at the places that indices say."""
+    puts = (aten.index_put.default, aten._unsafe_index_put.default)
+    return node.target is aten.scatter_add.default or (node.target in puts and node.args[3:] == (True,))
 
 
 def _combines(node: fx.Node, pair: Pair, left: bool, ev: Elements) -> bool:
@@ -102,17 +109,18 @@ def _with_tail(root: fx.Node) -> fx.Node:
     return root
 
 
-def inner(start: fx.Node, root: fx.Node) -> set[fx.Node]:
-    """The nodes on the ways from start to root, both included."""
+def inner(starts: fx.Node | Sequence[fx.Node], root: fx.Node) -> set[fx.Node]:
+    """The nodes on the ways from `starts` to root, these included."""
+    found = {starts} if isinstance(starts, fx.Node) else set(starts)
+    begin = min(found)
     behind: set[fx.Node] = set()
     stack = [root]
     while stack:
         node = stack.pop()
-        if node in behind or node < start:
+        if node in behind or node < begin:
             continue
         behind.add(node)
         stack.extend(node.all_input_nodes)
-    found = {start}
     for node in sorted(behind):
         if any(s in found for s in node.all_input_nodes):
             found.add(node)

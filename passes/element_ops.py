@@ -584,11 +584,52 @@ def _counts_up(ev: Elements, values: Any, like: fx.Node) -> bool:
 
 @handles(aten.index_put.default, aten._unsafe_index_put.default)
 def _index_put(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
-    """out[perm] = iota, perm a whole permutation: out is its inverse."""
+    """out[perm] = iota, perm a whole permutation: out is its inverse. Rows added up at perm // k: see `_sum_at`."""
     base, where, values = node.args[:3]
-    if argument(node, 3, "accumulate", False) or len(where) != 1 or len(idx) != 1:  # type: ignore[arg-type]
+    if len(where) != 1:  # type: ignore[arg-type]
         return None
-    return _inverse_of(ev, where[0], base, values, idx)  # type: ignore[index]
+    if argument(node, 3, "accumulate", False):
+        return _sum_at(ev, base, where[0], values, idx)  # type: ignore[index]
+    return _inverse_of(ev, where[0], base, values, idx) if len(idx) == 1 else None  # type: ignore[index]
+
+
+@handles(aten.scatter_add.default)
+def _scatter_add(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
+    """Rows added up at the places that a column of indices, repeated for all columns, says."""
+    base, dim, where, values = node.args[:4]
+    rest = tuple(s - 1 for s in ev.shape(_tensor(where))[1:])
+    if dim != 0 or ev.shape(_tensor(where)) != ev.shape(_tensor(values)):
+        return None
+    if ev.indices.at(where, (0, *rest)) is not ev.indices.at(where, (0, *(0 for _ in rest))):
+        return None
+    return _sum_at(ev, base, where, values, idx)
+
+
+#: More rows than this for each place are not added up.
+MAX_ADDED = 64
+
+
+def _sum_at(ev: Elements, base: Any, where: Any, values: Any, idx: Position) -> Expr | None:
+    """base[t] + sum of the rows values[r] with where[r] = t. where = perm // k, perm a permutation of k rows for each t: these
+    are the positions that perm has k t, ..., k t + k - 1 at."""
+    rows, places = ev.shape(_tensor(where))[0], ev.shape(_tensor(base))[0]
+    if rows % places or not 1 <= rows // places <= MAX_ADDED or ev.shape(_tensor(values))[1:] != ev.shape(base)[1:]:
+        return None
+    count = rows // places
+    probe = ev.indices.at(where, (0,) * len(ev.shape(where)))
+    if count > 1:
+        if probe.op != "floordiv" or probe.args[1].const != count:
+            return None
+        probe = probe.args[0]
+    if probe.op != "load" or not _is_sort(probe.args[0]) or ev.shape(_tensor(probe.args[0].args[0])) != (rows,):
+        return None
+    total = ev.indices.at(base, idx)
+    total = ev.at(base, idx) if total.const is None else total
+    for j in range(count):
+        place = ev.i_add(ev.i_mul(idx[0], count), j)
+        row = ev.make("inverse", ev.load(probe.args[0], ()), place if isinstance(place, Expr) else ev.const(place))
+        total = ev.make("add", total, ev.at(values, (row, *idx[1:])))
+    return total
 
 
 @handles(aten.scatter.src)

@@ -16,7 +16,7 @@ from torch import fx
 
 from braze.kernels.spec import MoeSpec, WeightOn
 from braze.passes import capacity, products, rows, separate, unrolled
-from braze.passes.between import Between, between
+from braze.passes.between import Between, between, linear_in
 from braze.passes.chosen import sparse
 from braze.passes.combine import Term, check_private, inner, one_atom, output_of, root_of, scale_of, terms_of
 from braze.passes.elements import Elements, Expr, Sizes, Unknown, leaves, trail
@@ -52,14 +52,14 @@ def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[MoeSite], list[NearMiss]]:
 def _pair(second: fx.Node, ev: Elements) -> Pair | None:
     for left in (True,) if products.is_grouped(second) else (True, False):
         found = _fed_by(second, left, ev)
-        if found is not None and products.is_grouped(found[0]) == products.is_grouped(second):
-            return Pair(found[0], second, found[1], left)
+        if found is not None and products.is_grouped(found.first) == products.is_grouped(second):
+            return found
     return None
 
 
-def _fed_by(second: fx.Node, left: bool, ev: Elements) -> tuple[fx.Node, bool] | None:
-    """(the product that a function of which is the second's rows, whether its left operand has rows). Its element moves with
-    the second's inner index, along the weights' columns."""
+def _fed_by(second: fx.Node, left: bool, ev: Elements) -> Pair | None:
+    """The pair of `second` and the product, or the two, that a function of which is its rows. Their elements move with the
+    second's inner index, along the weights' columns."""
     start = (0,) * len(ev.shape(second))
     columns = range(min(2, products.inner_size(second, ev, left)))
     try:
@@ -70,15 +70,20 @@ def _fed_by(second: fx.Node, left: bool, ev: Elements) -> tuple[fx.Node, bool] |
         return None
     loads = [[e for e in leaves([element]) if products.is_product(e.args[0])] for element in elements]
     firsts = {e.args[0] for e in loads[0] if len(loads) == 1 or e not in loads[1]}
-    if len(firsts) != 1:
+    if not 1 <= len(firsts) <= 2 or len({ev.shape(f) for f in firsts}) != 1 or len({f.target for f in firsts}) != 1:
         return None
-    first = firsts.pop()
+    first, up = min(firsts), max(firsts) if len(firsts) == 2 else None
+    if up is not None and linear_in(elements[0], next(e for e in loads[0] if e.args[0] is first)):
+        first, up = up, first  # the gate is what passes through the function
     if products.is_grouped(first):
-        return first, True
+        return Pair(first, second, True, left, up)
     if any(_is_later(e, first) for e in leaves(elements)):
         return None  # attention: a softmax between two products
-    moved = [next(e.args[1] for e in at if e.args[0] is first) for at in loads]
-    return first, moved[0][-1] != moved[-1][-1] or (len(moved) == 1 and _rows_left(first, ev))
+    sides = set()
+    for f in firsts:
+        moved = [next(e.args[1] for e in at if e.args[0] is f) for at in loads]
+        sides.add(moved[0][-1] != moved[-1][-1] or (len(moved) == 1 and _rows_left(f, ev)))
+    return Pair(first, second, sides.pop(), left, up) if len(sides) == 1 else None
 
 
 def _is_later(load: Expr, first: fx.Node) -> bool:
@@ -120,7 +125,7 @@ def _rows_left(product: fx.Node, ev: Elements) -> bool:
 def _site(pair: Pair, ev: Elements) -> MoeSite:
     parts = _experts_at_once(pair, ev)
     root = output_of(pair.second, ev) if len(parts) > 1 else root_of(pair, pair.second_left, ev)
-    check_private(inner(pair.first, root), root)
+    check_private(inner(pair.firsts, root), root)
     shape = ev.shape(root)
     hidden, tokens = shape[-1], rows.count(shape[:-1])
     if len(shape) < 2 or hidden != _hidden(pair, ev):
@@ -137,23 +142,20 @@ def _site(pair: Pair, ev: Elements) -> MoeSite:
         return rows.matrix(load.args, slot, (tokens, slots), ev) is not None
 
     act = between(pair, terms[0], _inner_size(w2, ev), is_weight, ev)
-    x, input_weight = rows.input_of(pair, act.idx, (tokens, hidden), ev)
+    x, input_weight = rows.input_of(pair, act.at, (tokens, hidden), ev)
     source, weight_on = _weight(act, input_weight, [one_atom(t) for t in terms], bool(terms[0].biases), dispatch)
     weights = rows.matrix(source, slot, (tokens, slots), ev)
     if weights is None:
         raise NoExperts(f"the rows' weight {source[0].name} is no [tokens, slots] tensor")
     b2 = rows.second_bias(terms, experts, ev.shape(w2.weight)[0], ev)
-    if act.side.transposed != w2.transposed:
-        raise NoExperts("the two weights are stored in different orders")  # mended by a view where one is needed
     scale = scale_of(terms)
     masked = any(n.target is aten.where.self for n in inner(pair.second, root))
-    spec = MoeSpec(act.text, act.layout, w2.transposed, weight_on, scale, root.meta["val"].dtype)
+    spec = MoeSpec(act.text, act.layout, act.side.transposed, weight_on, scale, root.meta["val"].dtype)
     root = separate.flat(root, ev)
-    x = separate.rows_of(x, hidden, ev, root)
+    w1, b1, down = separate.named(act.sides, act.biases, w2, root)
+    x = separate.rows_of(separate.cast(x, pair.first.meta["val"].dtype, root), hidden, ev, root)
     values = weights = separate.rows_of(weights, slots, ev, root)
-    site = MoeSite(
-        root, x, ids or weights, weights, act.side.weight, w2.weight, act.bias, b2, values, spec, dispatch, masked
-    )
+    site = MoeSite(root, x, ids or weights, weights, w1, down, b1, b2, values, spec, dispatch, masked)
     return sparse(site, ev) if ids is None else site
 
 

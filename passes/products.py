@@ -53,12 +53,18 @@ class NoExperts(Exception):
 @dataclass(frozen=True)
 class Pair:
     """Two expert products, the second fed by a scalar function of the first. rows_left: of a batched product, whether its
-    first operand holds the rows (its second the weights)."""
+    first operand holds the rows (its second the weights). up: where gate and up are products of their own, the other one."""
 
     first: fx.Node
     second: fx.Node
     first_left: bool
     second_left: bool
+    up: fx.Node | None = None
+
+    @property
+    def firsts(self) -> tuple[fx.Node, ...]:
+        """The products that g, and u where it is apart, are elements of."""
+        return (self.first,) if self.up is None else (self.first, self.up)
 
 
 @dataclass(frozen=True)

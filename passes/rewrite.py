@@ -27,6 +27,10 @@ def rewrite(site: Site) -> fx.Node:
         target = torch.ops.braze.moe_separate.default
         lists = map(separate.lists, (site.w1, site.w2, site.b1, site.b2))
         args = (site.x, site.ids, site.weights, *lists)
+    elif separate.apart(site.w1):
+        target = torch.ops.braze.moe_apart.default
+        biases = separate.apart(site.b1) or (None, None)
+        args = (site.x, site.ids, site.weights, *separate.apart(site.w1), site.w2, *biases, site.b2)
     else:
         target = torch.ops.braze.moe.default
         args = (site.x, site.ids, site.weights, site.w1, site.w2, site.b1, site.b2)

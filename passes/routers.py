@@ -63,7 +63,7 @@ def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[RouterSite], list[NearMiss
     sites: dict[tuple[fx.Node, fx.Node], RouterSite] = {}
     misses: list[NearMiss] = []
     known: dict[Hashable, RouteSpec | NoRouter] = {}
-    ops = (torch.ops.braze.moe.default, torch.ops.braze.moe_separate.default)
+    ops = [getattr(torch.ops.braze, name).default for name in ("moe", "moe_apart", "moe_separate")]
     for call in (n for op in ops for n in graph.find_nodes(op="call_function", target=op)):
         ids, weights = call.args[1:3]
         if "placeholder" in (ids.op, weights.op):

@@ -4,7 +4,7 @@ A row's index, followed through a sort and its inverse (perm[inverse(s)] = s), a
 element of ids [.., slots], of the tokens [.., hidden] and of the weights [.., slots].
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -101,10 +101,19 @@ def _pick(node: fx.Node, idx: Position, ev: Elements) -> Source | None:
     return ids, tuple(0 if s == 1 else k for k, s in zip(idx, ev.shape(ids), strict=False))
 
 
-def input_of(pair: Pair, idx: Position, shape: tuple[int, int], ev: Elements) -> tuple[fx.Node, Source | None]:
-    """(x, the element of the weight on it if there is one) behind the rows of the first product."""
-    start = products.input_element(pair.first, idx, 0, pair.first_left)
-    if shape[1] != products.inner_size(pair.first, ev, pair.first_left):
+def input_of(pair: Pair, at: Sequence[Position], shape: tuple[int, int], ev: Elements) -> tuple[fx.Node, Source | None]:
+    """(x, the element of the weight on it if there is one) behind the rows of the first products. at: an element of each."""
+    found = {_input_of(f, pair.first_left, idx, shape, ev) for f, idx in zip(pair.firsts, at, strict=True)}
+    if len(found) != 1:
+        raise NoExperts("gate and up are products of different rows")
+    return found.pop()
+
+
+def _input_of(
+    first: fx.Node, left: bool, idx: Position, shape: tuple[int, int], ev: Elements
+) -> tuple[fx.Node, Source | None]:
+    start = products.input_element(first, idx, 0, left)
+    if shape[1] != products.inner_size(first, ev, left):
         raise NoExperts("the experts' input and output have different sizes")
     x = matrix(start, 0, shape, ev)
     if x is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from braze.passes.elements import Elements, trail
+from braze.passes.products import Side
 from braze.passes.sites import MoeSite
 
 aten = torch.ops.aten
@@ -20,6 +21,10 @@ aten = torch.ops.aten
 _CAST = torch.ops.prims.convert_element_type.default
 #: Where a name for a list keeps the list: a model's own stacks are none.
 _LIST = "braze_list"
+#: Where a name for gate and up of two tensors keeps the two.
+_APART = "braze_apart"
+#: Where a weight that is seen in the other order keeps the tensor itself.
+_TURNED = "braze_turned"
 
 
 class NotStored(Exception):
@@ -195,28 +200,73 @@ def lists(node: fx.Node | None) -> list[fx.Node]:
     return list(node.meta.get(_LIST, ())) if node is not None else []
 
 
+def apart(node: fx.Node | None) -> list[fx.Node]:
+    """The two tensors, of all experts' gates and ups, that `named` put together by name; none for other nodes."""
+    return list(node.meta.get(_APART, ())) if node is not None else []
+
+
+def named(
+    sides: Sequence[Side], biases: Sequence[fx.Node], down: Side, before: fx.Node
+) -> tuple[fx.Node, fx.Node | None, fx.Node]:
+    """(w1, b1, w2) as a site has them: gate and up of two tensors by a name that no kernel computes, w2 stored as w1 is by a
+    view where that needs one."""
+    with before.graph.inserting_before(before):
+        w1, b1 = (
+            _together(nodes, dim)
+            for nodes, dim in (([s.weight for s in sides], 2 if sides[0].transposed else 1), (biases, 1))
+        )
+        same = sides[0].transposed == down.transposed
+        w2 = down.weight if same else called(aten.transpose.int, down.weight, 1, 2)
+    if not same:
+        w2.meta[_TURNED] = down.weight
+    assert w1 is not None
+    return w1, b1, w2
+
+
+def sources(node: fx.Node | None) -> list[fx.Node]:
+    """The graph's own tensors that a site's weight or bias is a name for or a view of; none where it is one itself."""
+    turned = [node.meta[_TURNED]] if node is not None and _TURNED in node.meta else []
+    return [*lists(node), *apart(node), *turned]
+
+
+def _together(nodes: Sequence[fx.Node], dim: int) -> fx.Node | None:
+    if len(nodes) < 2:
+        return nodes[0] if nodes else None
+    name = called(aten.cat.default, list(nodes), dim)
+    name.meta[_APART] = list(nodes)
+    return name
+
+
 def parts_of(node: fx.Node, value: Tensor) -> dict[fx.Node, Tensor]:
-    """The values of a list's tensors, by node, where its stack has `value`."""
+    """The values of a node's `sources`, where it has `value`."""
+    if _TURNED in node.meta:
+        return {node.meta[_TURNED]: value.transpose(1, 2)}
+    together = apart(node)
+    if together:
+        return dict(zip(together, value.chunk(2, node.args[1]), strict=True))  # type: ignore[arg-type]
     parts = lists(node)
     if not parts:
         return {}
-    apart = len(parts) // value.shape[0]
+    each = len(parts) // value.shape[0]
     first: Any = node.args[0][0]  # type: ignore[index]
-    pieces = [v.unbind(0) for v in value.chunk(apart, 1 + first.args[1] if apart > 1 else 0)]
-    return {n: pieces[i % apart][i // apart] for i, n in enumerate(parts)}
+    pieces = [v.unbind(0) for v in value.chunk(each, 1 + first.args[1] if each > 1 else 0)]
+    return {n: pieces[i % each][i // each] for i, n in enumerate(parts)}
 
 
 def viewed(site: MoeSite) -> dict[fx.Node, fx.Node]:
-    """What a site's x, ids and weights are plain views of, each with the view."""
-    views = [v for v in (site.x, site.ids, site.values) if v.target is aten.reshape.default]
+    """What a site's x, ids and weights are plain views of, each with the view; x may be cast as well."""
+    views = [v for v in (site.ids, site.values) if v.target is aten.reshape.default]
     found = {v.args[0]: v for v in views if isinstance(v.args[0], fx.Node)}
-    width = site.x.meta["val"].shape[-1]
-    return {n: v for n, v in found.items() if v is not site.x or n.meta["val"].shape[-1] == width}
+    node, width = site.x, site.x.meta["val"].shape[-1]
+    while node.target in (aten.reshape.default, _CAST) and node.args[0].meta["val"].shape[-1] == width:  # type: ignore[union-attr]
+        node = node.args[0]  # type: ignore[assignment]
+        found[node] = site.x
+    return found
 
 
 def given(site: MoeSite) -> list[fx.Node]:
     """What a site's inputs are views or lists of: the subgraph may start there."""
-    return [*viewed(site), *(n for w in (site.w1, site.w2, site.b1, site.b2) for n in lists(w))]
+    return [*viewed(site), *(n for w in (site.w1, site.w2, site.b1, site.b2) for n in sources(w))]
 
 
 # ------------------------------------------------------------------------------------------------- rows of tokens
@@ -237,6 +287,14 @@ def size_of(node: fx.Node, dim: int) -> Any:
 def reshaped(node: fx.Node, shape: list[Any]) -> fx.Node:
     """A view of a node, inserted where the graph's insertion point is."""
     return called(aten.reshape.default, node, shape)
+
+
+def cast(node: fx.Node, dtype: torch.dtype, before: fx.Node) -> fx.Node:
+    """A tensor in the dtype that the experts' products read it in."""
+    if node.meta["val"].dtype == dtype:
+        return node
+    with before.graph.inserting_before(before):
+        return called(_CAST, node, dtype)
 
 
 def rows_of(node: fx.Node, width: int, ev: Elements, before: fx.Node) -> fx.Node:

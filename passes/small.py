@@ -259,6 +259,19 @@ def _gather(node: fx.Node, values: dict[fx.Node, Any], sizes: Sizes) -> Tensor:
     return value.gather(dim, picks)
 
 
+def _put(node: fx.Node, values: dict[fx.Node, Any], sizes: Sizes) -> Tensor:
+    """A constant that rows are put into, or added to, gets their columns; so do the indices that are repeated for each."""
+    args: list[Any] = list(fx.node.map_arg(node.args, lambda n: values[n]))
+    rows = args[2] if node.target is not aten.scatter_add.default else args[3]
+    own, columns = args[0], rows.shape[1:] if rows.ndim > 1 else ()
+    lead = own.ndim - len(columns)
+    if isinstance(node.args[0], fx.Node) and node.args[0].target is aten.full.default:
+        args[0] = own.new_full((*own.shape[:lead], *columns), float(node.args[0].args[1]))  # type: ignore[arg-type]
+    if node.target is aten.scatter_add.default and args[2].stride()[1:] == (0,) * len(columns):
+        args[2] = args[2][(slice(None), *(slice(0, 1) for _ in columns))].expand(rows.shape)
+    return node.target(*args, **node.kwargs)  # type: ignore[no-any-return, operator]
+
+
 _RULES: dict[Any, Callable[[fx.Node, dict[fx.Node, Any], Sizes], Any]] = {
     aten.view.default: _view,
     aten.reshape.default: _view,
@@ -270,6 +283,9 @@ _RULES: dict[Any, Callable[[fx.Node, dict[fx.Node, Any], Sizes], Any]] = {
     prims.convert_element_type.default: _convert,
     aten.histc.default: _histc,
     aten.gather.default: _gather,
+    aten.index_put.default: _put,
+    aten._unsafe_index_put.default: _put,
+    aten.scatter_add.default: _put,
     aten.empty.memory_format: _filled(_empty),
     aten.full.default: _full,
 }

@@ -17,6 +17,7 @@ from braze.kernels.expression import g as G
 from braze.kernels.expression import u as U
 from braze.kernels.spec import GateUpLayout, MoeSpec, WeightOn
 from braze.passes import activation, separate
+from braze.passes.between import linear_in
 from braze.passes.chosen import is_top_k, sparse
 from braze.passes.dense import is_mask, slots_of
 from braze.passes.elements import Elements, Expr, Position, Sizes, Unknown, leaves, trail
@@ -176,25 +177,12 @@ def _expert(down: fx.Node, ev: Elements) -> Expert:
     if not loads:
         raise NoLoop("an expert's last product is not fed by a scalar function of others")
     element = ev.at(separate.left(down), (ev.shape(down)[0] - 1, 0))
-    if len({e.args[0] for e in loads}) == 2 and _linear_in(element, loads[0]):
+    if len({e.args[0] for e in loads}) == 2 and linear_in(element, loads[0]):
         loads = loads[::-1]  # the gate is what passes through the function
     numbers = {e: i for i, e in enumerate(loads)}
     meaning = (_meaning(element, numbers, {}), tuple(e.args[1][1] for e in loads), ev.shape(down))
     firsts = tuple(dict.fromkeys(e.args[0] for e in loads))
     return Expert(firsts, tuple(e.args[1][1] for e in loads), element, tuple(loads), meaning)
-
-
-def _linear_in(element: Expr, load: Expr) -> bool:
-    """Whether a product's factor is the load itself and occurs nowhere else."""
-    while element.op == "mul":
-        if load in element.args:
-            other = next(a for a in element.args if a is not load) if element.args[0] is not element.args[1] else load
-            return load not in leaves([other])
-        holding = [a for a in element.args if load in leaves([a])]
-        if len(holding) != 1:
-            return False
-        element = holding[0]
-    return False
 
 
 def _meaning(expr: Expr, numbers: dict[Expr, int], memo: dict[Expr, Any]) -> Any:

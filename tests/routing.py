@@ -44,7 +44,7 @@ def watch(experts: Iterable[Any], log: list[Route]) -> None:
 
 def watch_graph(graph: fx.Graph, log: list[Route]) -> None:
     """Every expert site that the graph runs is noted in `log`."""
-    sites = (torch.ops.braze.moe.default, torch.ops.braze.moe_separate.default)
+    sites = tuple(getattr(torch.ops.braze, n).default for n in ("moe", "moe_apart", "moe_separate"))
     for node in [n for n in graph.nodes if n.target in sites]:
         with graph.inserting_after(node):
             graph.call_function(lambda i, w: log.append(Route(i.clone(), w.clone())), (node.args[1], node.args[2]))

@@ -1,0 +1,104 @@
+"""The forward of a module without its loop over experts: what one expert does to a row, mapped over rows and weighted.
+
+    out[t] = sum_j w[t, j] F_ids[t, j](x[t])            rows that gather their experts' parts of stacked parameters, or
+    out[t] = sum_e (sum_j [ids[t, j] = e] w[t, j]) F_e(x[t])        expert by expert, where each has parameters of its own
+
+A compiled graph holds either, and the passes make one call of it; neither copies a parameter.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from braze.one_expert import Part
+
+#: What an id past the last expert does: it must not occur, or it adds nothing.
+Past = Literal["fails", "nothing"]
+
+
+@dataclass(frozen=True, eq=False)
+class Unlooped:
+    """(x [T, H] or [B, S, H], ids and weights [T, k]) -> as the loop's.
+
+    one: what an expert does, (row [1, H], *parts) -> [1, H]. parts: of each expert; read at each call, so that none goes stale.
+    stacked: whether a part of all experts is one parameter [experts, ...]. rest: what experts without parts do, which come
+    after those. by_mask: whether a mask [T, k, experts] stands for the ids.
+    batched_result: whether the result is [x.shape[0], ., H] whatever x was.
+
+    Called outside of a compiled graph, and where gradients are recorded, it is the loop: a graph that keeps intermediates for a
+    backward pass is not fused, and rows that gather weights would cost more than the loop.
+    """
+
+    module: nn.Module
+    one: fx.GraphModule
+    parts: tuple[tuple[Part, ...], ...]
+    stacked: bool
+    past: Past = "fails"
+    rest: fx.GraphModule | None = None
+    by_mask: bool = False
+    batched_result: bool = False
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not torch.compiler.is_compiling():
+            return type(self.module).forward(self.module, x, ids, weights)  # type: ignore[no-any-return]
+        return self.compute(x, ids, weights, self.parameters())
+
+    @property
+    def experts(self) -> int:
+        return len(self.parts)
+
+    def of(self, module: nn.Module) -> "Unlooped":
+        """The same for another module of the class."""
+        return replace(self, module=module)
+
+    def parameters(self) -> list[Any]:
+        """For each part: [experts, ...] where stacked, else a list of the experts'."""
+        if self.stacked:
+            return [self._whole(p)[: self.experts] for p in self.parts[0]]
+        return [list(map(self._part, same)) for same in zip(*self.parts, strict=True)]
+
+    def _whole(self, part: Part) -> Tensor:
+        parameter = self.module.get_parameter(part.name)
+        return parameter if parameter.shape == part.shape else parameter.view(part.shape)
+
+    def _part(self, part: Part) -> Tensor:
+        return self._whole(part) if part.index is None else self._whole(part)[part.index]
+
+    def compute(self, x: Tensor, ids: Tensor, weights: Tensor, parameters: Sequence[Any]) -> Tensor:
+        """The result, from what `parameters` gives."""
+        hidden = x.shape[-1]
+        flat = x.reshape(-1, hidden)
+        tokens = flat.shape[0]
+        if self.by_mask:
+            number = torch.arange(ids.shape[-1], device=ids.device)
+            weights = weights.reshape(tokens, -1) * ids.any(-1).reshape(tokens, -1)
+            ids = (ids * number).sum(-1)
+        slots = ids.shape[-1]
+        ids, weights = ids.reshape(tokens, slots), weights.reshape(tokens, slots)
+        y = (self._rows if self.stacked else self._in_turn)(flat, ids, weights, parameters)
+        if self.rest is not None:
+            others = torch.where(ids < self.experts, 0.0, weights).sum(1, keepdim=True)
+            y = y + torch.vmap(self.rest)(flat.unsqueeze(1)).squeeze(1) * others
+        return y.to(x.dtype).reshape((x.shape[0], -1, hidden) if self.batched_result else x.shape)
+
+    def _rows(self, x: Tensor, ids: Tensor, weights: Tensor, stacks: Sequence[Tensor]) -> Tensor:
+        tokens, slots = ids.shape
+        if self.past != "fails" or self.rest is not None:
+            here = ids < self.experts
+            ids, weights = torch.where(here, ids, 0), torch.where(here, weights, 0.0)
+        which = ids.flatten()
+        rows = x.repeat_interleave(slots, 0).unsqueeze(1)
+        y: Tensor = torch.vmap(self.one)(rows, *(s[which] for s in stacks)).reshape(-1, x.shape[-1])
+        return (y * weights.flatten().unsqueeze(1)).view(tokens, slots, -1).sum(1)
+
+    def _in_turn(self, x: Tensor, ids: Tensor, weights: Tensor, lists: Sequence[Sequence[Tensor]]) -> Tensor:
+        out = torch.zeros_like(x)
+        whole = not self.one.graph.find_nodes(op="call_function", target=torch.ops.aten.reshape.default)
+        per_row = torch.vmap(self.one, in_dims=(0, *(None for _ in self.parts[0])))
+        for e, parts in enumerate(zip(*lists, strict=True)):
+            y = self.one(x, *parts) if whole else per_row(x.unsqueeze(1), *parts).squeeze(1)
+            out = out + y * torch.where(ids == e, weights, 0.0).sum(1, keepdim=True)
+        return out
