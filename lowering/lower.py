@@ -29,11 +29,14 @@ def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str
     choices = []
     for call in calls:
         if call.target.name() == "braze::rope":  # type: ignore[union-attr]
-            kernel, why, turn = choose_rope(call, forced.get("rope", "auto"))
+            kernel, why, turn = _choose_rope(call, forced.get("rope", "auto"))
             turns += [turn] if turn is not None else []
             norm = rotations.norm_before(call) if turn is None else None
             if norm is not None:
                 rotations.open_norm(norm)
+            by_vendor = vendor.composed("rope", kernel)
+            if by_vendor is not None:
+                inline(call, by_vendor, inductor.decompositions())
         elif call.target.name() == "braze::route":  # type: ignore[union-attr]
             kernel, why = vendor.choose(call, "router", forced.get("router", "auto"), choose_route)
             _apply_route(call, kernel)
@@ -48,6 +51,18 @@ def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str
     if turns:
         turns[0].call.graph.eliminate_dead_code()  # tables that were made again for k
     return choices
+
+
+def _choose_rope(call: fx.Node, forced: str) -> tuple[str, str, Turn | None]:
+    """(kernel, why, the call as braze's own kernel takes it, where that is the choice)."""
+    found: list[Turn | None] = [None]
+
+    def own(call: fx.Node, forced: str) -> tuple[str, str]:
+        kernel, why, found[0] = choose_rope(call, forced)
+        return kernel, why
+
+    kernel, why = vendor.choose(call, "rope", forced, own)
+    return kernel, why, found[0]
 
 
 def _apply_moe(call: fx.Node, kernel: str) -> None:
