@@ -21,6 +21,7 @@ from braze.kernels.triton import compat
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
 from braze.kernels.vendor import moe as vendor_moe
+from braze.kernels.vendor import rope as vendor_rope
 from braze.kernels.vendor import route as vendor_route
 
 MOE_SCHEMA = (
@@ -69,8 +70,12 @@ torch.library.define(
 )
 torch.library.define(
     "braze::vendor_topk",
-    "(Tensor logits, int top_k, bool renorm, *, str provider) -> (Tensor weights, Tensor ids)",
+    "(Tensor logits, Tensor? bias, int top_k, bool renorm, *, str provider, str scoring='softmax', int groups=1, "
+    "int top_groups=1) -> (Tensor weights, Tensor ids)",
     tags=_TAGS,
+)
+torch.library.define(
+    "braze::vendor_rope", "(Tensor x, Tensor cos, Tensor sin, bool interleaved, *, str provider) -> Tensor", tags=_TAGS
 )
 
 
@@ -318,11 +323,26 @@ def _vendor_grouped_mm(
 
 
 @torch.library.register_fake("braze::vendor_topk")
-def _vendor_topk_fake(logits: Tensor, top_k: int, renorm: bool, *, provider: str) -> tuple[Tensor, Tensor]:
+def _vendor_topk_fake(
+    logits: Tensor, bias: Tensor | None, top_k: int, renorm: bool, *, provider: str, **attributes: Any
+) -> tuple[Tensor, Tensor]:
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
 
 
 @torch.library.impl("braze::vendor_topk", "CompositeExplicitAutograd")
-def _vendor_topk(logits: Tensor, top_k: int, renorm: bool, *, provider: str) -> tuple[Tensor, Tensor]:
-    return vendor_route.PROVIDERS[provider].topk(logits, top_k, renorm)
+def _vendor_topk(
+    logits: Tensor, bias: Tensor | None, top_k: int, renorm: bool, *, provider: str, **attributes: Any
+) -> tuple[Tensor, Tensor]:
+    choice = vendor_route.Choice(top_k, renorm, **attributes)
+    return vendor_route.PROVIDERS[provider].topk(logits, bias, choice)
+
+
+@torch.library.register_fake("braze::vendor_rope")
+def _vendor_rope_fake(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, provider: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.impl("braze::vendor_rope", "CompositeExplicitAutograd")
+def _vendor_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, provider: str) -> Tensor:
+    return vendor_rope.PROVIDERS[provider].rotate(x, cos, sin, interleaved)

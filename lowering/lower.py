@@ -31,7 +31,7 @@ def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str
     place: dict[Turn, int] = {}
     for call in calls:
         if call.target.name() == "braze::rope":  # type: ignore[union-attr]
-            kernel, why, turn = choose_rope(call, forced.get("rope", "auto"))
+            kernel, why, turn = _choose_rope(call, forced.get("rope", "auto"))
             if turn is not None and kernel == "cpp":
                 cpp_rope.apply(turn)
             elif turn is not None:
@@ -40,6 +40,9 @@ def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str
             norm = rotations.norm_before(call) if turn is None else None
             if norm is not None:
                 rotations.open_norm(norm)
+            by_vendor = vendor.composed("rope", kernel)
+            if by_vendor is not None:
+                inline(call, by_vendor, inductor.decompositions())
         elif call.target.name() == "braze::route":  # type: ignore[union-attr]
             kernel, why = vendor.choose(call, "router", forced.get("router", "auto"), choose_route)
             _apply_route(call, kernel)
@@ -61,6 +64,18 @@ def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str
     if graph is not None:
         graph.eliminate_dead_code()  # tables that were made again for k, norms, what was written into a cache
     return choices
+
+
+def _choose_rope(call: fx.Node, forced: str) -> tuple[str, str, Turn | None]:
+    """(kernel, why, the call as braze's own kernel takes it, where that is the choice)."""
+    found: list[Turn | None] = [None]
+
+    def own(call: fx.Node, forced: str) -> tuple[str, str]:
+        kernel, why, found[0] = choose_rope(call, forced)
+        return kernel, why
+
+    kernel, why = vendor.choose(call, "rope", forced, own)
+    return kernel, why, found[0]
 
 
 def _apply_moe(call: fx.Node, kernel: str) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from braze.kernels.spec import MoeSpec, RouteSpec
+from braze.kernels.spec import MoeSpec, RopeSpec, RouteSpec
 from braze.kernels.triton import compat
-from braze.kernels.vendor import moe, route
+from braze.kernels.vendor import moe, rope, route
 
 #: kind -> option -> module with `supports` and `compose`
-_MODULES: Mapping[str, Any] = {"moe": moe, "router": route}
-_SPECS: Mapping[str, Any] = {"moe": MoeSpec, "router": RouteSpec}
-_INPUTS: Mapping[str, int] = {"moe": 7, "router": 2}
+_MODULES: Mapping[str, Any] = {"moe": moe, "router": route, "rope": rope}
+_SPECS: Mapping[str, Any] = {"moe": MoeSpec, "router": RouteSpec, "rope": RopeSpec}
+_INPUTS: Mapping[str, int] = {"moe": 7, "router": 2, "rope": 3}
 #: (kind, device name) -> providers measured to be faster there than braze's own kernels, the fastest first
 FASTER: Mapping[tuple[str, str], tuple[str, ...]] = {}
 

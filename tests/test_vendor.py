@@ -56,7 +56,7 @@ def compiled(f: Any, kernel: dict[str, str], dynamic: bool | None = None) -> tup
     choices: list[tuple[str, str]] = []
 
     def transform(graph: torch.fx.Graph) -> None:
-        ops = (torch.ops.braze.moe.default, torch.ops.braze.route.default)
+        ops = (torch.ops.braze.moe.default, torch.ops.braze.route.default, torch.ops.braze.rope.default)
         choices.extend(lower([n for op in ops for n in graph.find_nodes(op="call_function", target=op)], kernel))
         graph.lint()
 
@@ -215,10 +215,9 @@ def test_reasons_of_sgl_kernels_router(sgl_topk: list[Any]) -> None:
         return str(route.supports(logits, bias, spec, "sgl_kernel"))
 
     assert reason(RouteSpec(4)) == "None"
-    assert "scores by sigmoid" in reason(RouteSpec(4, "sigmoid"))
+    assert "scores by sqrtsoftplus" in reason(RouteSpec(4, "sqrtsoftplus"))
     assert "a bias" in reason(RouteSpec(4), bias=torch.zeros(16))
     assert "groups" in reason(RouteSpec(4, groups=4, top_groups=2))
-    assert "an epsilon" in reason(RouteSpec(4, renorm="add", eps=1e-20))
     assert "more than 8" in reason(RouteSpec(9))
     assert "not bfloat16 or float16" in reason(RouteSpec(4), torch.zeros(3, 16))
     assert "60 experts, not a power of two" in reason(RouteSpec(4), torch.zeros(3, 60, dtype=BF16))

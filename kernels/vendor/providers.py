@@ -1,8 +1,12 @@
 """Which vendors' ops are loaded: what `braze doctor` lists, and a part of the caches' keys, as it decides what is made."""
 
-from braze.kernels.vendor import detect, sgl_kernel, vllm_xpu
+from braze.kernels.vendor import detect, ipex, sgl_kernel, vllm_xpu
 
-OPS = (sgl_kernel.GROUPED_MM, sgl_kernel.TOPK_SOFTMAX, vllm_xpu.GROUPED_MM)
+OPS = (
+    sgl_kernel.GROUPED_MM, sgl_kernel.TOPK_SOFTMAX, sgl_kernel.TOPK_SIGMOID, sgl_kernel.FUSED_GATE, sgl_kernel.ROTARY,
+    vllm_xpu.GROUPED_MM, vllm_xpu.TOPK_SOFTMAX, vllm_xpu.TOPK_SIGMOID, vllm_xpu.GROUPED_TOPK, vllm_xpu.ROTARY,
+    ipex.ROTATE_HALF, ipex.ROTATE_TWO, ipex.TOPK_SOFTMAX,
+)  # fmt: skip
 
 
 def present() -> tuple[tuple[str, str], ...]:

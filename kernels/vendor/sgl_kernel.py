@@ -1,16 +1,22 @@
-"""sgl-kernel-xpu: a grouped product for Xe2 that can end with the activation, and a softmax router.
+"""sgl-kernel-xpu: a grouped product for Xe2 that can end with the activation, routers, and a rotation.
 
 As read in sgl-project/sgl-kernel-xpu, src/torch_extension_sycl.cc (schemas), src/sycl/GroupGemmXe20.cpp and
-src/sycl/kernels/moe/xe20/moe_kernel.hpp (experts) and src/sycl/TopKSoftMax.cpp (routers).
+src/sycl/kernels/moe/xe20/moe_kernel.hpp (experts), src/sycl/TopKSoftMax.cpp, TopKSigMoid.cpp and MoE_fused_gate.cpp
+(routers; the last one's newest schema, with a renormalize, is not known here by its source) and src/sycl/Rope.cpp.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from braze.kernels.spec import MoeSpec, RouteSpec
+from braze.kernels.spec import MoeSpec, RopeSpec, RouteSpec
 from braze.kernels.triton import compat
 from braze.kernels.vendor import activation as same_function
 from braze.kernels.vendor import blocks, detect
+
+if TYPE_CHECKING:
+    from braze.kernels.vendor.route import Choice
 
 GROUPED_MM = detect.Op(
     "sgl_kernel", "moe_grouped_mm_nt_xe20",
@@ -23,6 +29,26 @@ TOPK_SOFTMAX = detect.Op(
     "sgl_kernel", "topk_softmax",
     ("Tensor! topk_weights, Tensor! topk_indices, Tensor gating_output, bool renormalize",),
 )  # fmt: skip
+TOPK_SIGMOID = detect.Op(
+    "sgl_kernel", "topk_sigmoid",
+    ("Tensor! topk_weights, Tensor! topk_indices, Tensor gating_output, bool renormalize, Tensor? correction_bias",),
+)  # fmt: skip
+_GATE = "Tensor input, Tensor bias, int num_expert_group, int topk_group, int topk, int num_fused_shared_experts, "
+FUSED_GATE = detect.Op(
+    "sgl_kernel", "moe_fused_gate",
+    (
+        _GATE + "int scoring_func, float routed_scaling_factor, bool apply_routed_scaling_factor_on_output",
+        _GATE + "float routed_scaling_factor, bool apply_routed_scaling_factor_on_output",
+    ),
+)  # fmt: skip
+ROTARY = detect.Op(
+    "sgl_kernel", "rotary_embedding",
+    ("Tensor positions, Tensor query, Tensor key, int head_size, Tensor cos_sin_cache, bool is_neox",),
+)  # fmt: skip
+GATE_SCORING = ("sigmoid", "softmax")  # by their numbers
+#: (experts, groups) that have a kernel of their own; the one for others takes the open groups for all
+GATE_SHAPES = ((512, 16), (256, 8), (256, 16), (128, 4), (128, 8))
+GATE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TOP_K = 8
 #: Other numbers of experts go through a kernel that rounds weights to the logits' dtype more than once.
 EXPERTS_IN_FLOAT32 = tuple(2**i for i in range(9))
@@ -81,27 +107,88 @@ def grouped_mm(x: Tensor, w: Tensor, counts: Tensor, bias: Tensor | None, activa
     return out
 
 
-def route_refusal(logits: Tensor, spec: RouteSpec) -> str | None:
-    """Why `topk` can't make these choices, in words; None where it can."""
-    found = detect.find(TOPK_SOFTMAX)
+def _router(bias: Tensor | None, spec: RouteSpec) -> detect.Op | str:
+    """The op for such a router; in words why there is none."""
+    if spec.groups > 1:
+        return FUSED_GATE if spec.scoring in GATE_SCORING else f"groups of experts scored by {spec.scoring}"
+    if spec.scoring == "sigmoid":
+        return TOPK_SIGMOID
+    if spec.scoring != "softmax":
+        return f"scores by {spec.scoring}, neither softmax nor sigmoid"
+    return TOPK_SOFTMAX if bias is None else "a softmax with a bias that the choice depends on"
+
+
+def route_refusal(logits: Tensor, bias: Tensor | None, spec: RouteSpec) -> str | None:
+    """`kernels.vendor.route.Provider.route_refusal`."""
+    op = _router(bias, spec)
+    found = op if isinstance(op, str) else detect.find(op)
+    if isinstance(op, str) or isinstance(found, str):
+        return str(found)
+    if not detect.runs_on(found, logits.device):
+        return f"{op.full_name} has no {logits.device.type} kernel"
+    experts, k = logits.shape[-1], spec.top_k
+    if op is FUSED_GATE:
+        checks = (
+            (logits.dtype == torch.float32, f"logits in {logits.dtype}, to which scores are rounded, not float32"),
+            ((experts, spec.groups) in GATE_SHAPES, f"{experts} experts in {spec.groups} groups"),
+            (spec.group_score == "top2", "groups ranked by their largest score, not by the sum of two"),
+            (spec.renorm == "add" and spec.eps == 0.0, "weights that are not divided by their sum alone"),
+            (spec.scoring == "sigmoid" or found.form == 0, "a softmax, of which the loaded op does not know"),
+        )
+    elif op is TOPK_SIGMOID:
+        checks = (
+            (logits.dtype in GATE_DTYPES, f"logits in {logits.dtype}"),
+            (experts <= 256, f"{experts} experts, more than 256"),
+            (k <= MAX_TOP_K, f"{k} experts a token, more than {MAX_TOP_K}"),
+        )
+    else:
+        checks = (
+            (logits.dtype in (torch.bfloat16, torch.float16), f"logits in {logits.dtype}, not bfloat16 or float16"),
+            (experts in EXPERTS_IN_FLOAT32, f"{experts} experts, not a power of two up to 256"),
+            (k <= MAX_TOP_K, f"{k} experts a token, more than {MAX_TOP_K}"),
+        )
+    return next((reason for fine, reason in checks if not fine), None)
+
+
+def topk(logits: Tensor, bias: Tensor | None, choice: "Choice") -> tuple[Tensor, Tensor]:
+    """`kernels.vendor.route.Provider.topk`."""
+    op = _router(bias, RouteSpec(choice.top_k, choice.scoring, groups=choice.groups, top_groups=choice.top_groups))  # type: ignore[arg-type]
+    found = op if isinstance(op, str) else detect.find(op)
+    if isinstance(found, str):
+        raise RuntimeError(f"sgl_kernel: {found}")
+    logits = logits.contiguous()
+    if op is FUSED_GATE:
+        added = logits.new_zeros(logits.shape[-1]) if bias is None else bias
+        kind = (GATE_SCORING.index(choice.scoring),) if found.form == 0 else ()
+        given = (logits, added, choice.groups, choice.top_groups, choice.top_k, 0, *kind, 1.0, False)
+        weights, ids = found.call(*given)
+        return weights, ids
+    weights = logits.new_empty(logits.shape[0], choice.top_k, dtype=torch.float32)
+    ids = logits.new_empty(logits.shape[0], choice.top_k, dtype=torch.int32)
+    found.call(weights, ids, logits, choice.renorm, *((bias,) if op is TOPK_SIGMOID else ()))
+    return weights, ids
+
+
+def rope_refusal(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec) -> str | None:
+    """`kernels.vendor.rope.Provider.rope_refusal`."""
+    found = detect.find(ROTARY)
     if isinstance(found, str):
         return found
-    experts = logits.shape[-1]
     checks = (
-        (detect.runs_on(found, logits.device), f"{TOPK_SOFTMAX.full_name} has no {logits.device.type} kernel"),
-        (logits.dtype in (torch.bfloat16, torch.float16), f"logits in {logits.dtype}, not bfloat16 or float16"),
-        (experts in EXPERTS_IN_FLOAT32, f"{experts} experts, not a power of two up to 256"),
-        (spec.top_k <= MAX_TOP_K, f"{spec.top_k} experts a token, more than {MAX_TOP_K}"),
+        (detect.runs_on(found, x.device), f"{ROTARY.full_name} has no {x.device.type} kernel"),
+        (x.dtype in GATE_DTYPES, f"x in {x.dtype}"),
+        (cos.dtype == sin.dtype == x.dtype, f"tables in {cos.dtype} for x in {x.dtype}"),
+        (cos.shape[-1] == spec.rotary_dim // 2, "tables of two columns a pair, which need not be equal"),
     )
     return next((reason for fine, reason in checks if not fine), None)
 
 
-def topk(logits: Tensor, top_k: int, renorm: bool) -> tuple[Tensor, Tensor]:
-    """`kernels.vendor.route.Provider.topk`."""
-    found = detect.find(TOPK_SOFTMAX)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """`kernels.vendor.rope.Provider.rotate`: the op turns rows [T, H * D] where they are, so it gets a copy of its own."""
+    found = detect.find(ROTARY)
     if isinstance(found, str):
         raise RuntimeError(f"sgl_kernel: {found}")
-    weights = logits.new_empty(logits.shape[0], top_k, dtype=torch.float32)
-    ids = logits.new_empty(logits.shape[0], top_k, dtype=torch.int32)
-    found.call(weights, ids, logits.contiguous(), renorm)
-    return weights, ids
+    rows = x.reshape(x.shape[0], -1).clone()
+    positions = torch.arange(x.shape[0], device=x.device)
+    found.call(positions, rows, rows[:, :0], x.shape[-1], torch.cat((cos, sin), -1), not interleaved)
+    return rows.view(x.shape)
