@@ -403,7 +403,8 @@ def _div(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
     a, b = ev.operand(node.args[0], node, idx), ev.operand(node.args[1], node, idx)
     if mode is None:
         return ev.make("div", a, b)
-    if mode == "trunc" and (a.const is None or a.const < 0):
+    place = a.op == "load" and _is_sort(a.args[0])  # a position, never negative
+    if mode == "trunc" and not place and (a.const is None or a.const < 0):
         return None
     return ev.make("floordiv", a, b)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx
 
-from braze.passes import experts, norm, proof, rope, routers
+from braze.passes import experts, norm, proof, rope, routers, splits
 from braze.passes.elements import Sizes
 from braze.passes.proofs import Proofs
 from braze.passes.rewrite import clean, rewrite, rewrite_norm, source_nodes
@@ -46,6 +46,8 @@ def run(graph: fx.Graph, disable: Collection[Kind] = (), strict: bool = False) -
     leaves its site unfused; with `strict` it is raised."""
     result = Result()
     began = time.perf_counter()
+    if "moe" not in disable:
+        _guarded(partial(splits.group, graph), "products of split rows", 0, strict, result)
     prove = Proofs(graph)
     for kind, find in _RECOGNISERS:
         if kind in disable:
