@@ -606,6 +606,12 @@ def _scatter_add(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
     return _sum_at(ev, base, where, values, idx)
 
 
+@handles(aten.index_add.default)
+def _index_add(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
+    base, dim, where, values = node.args[:4]
+    return _sum_at(ev, base, where, values, idx) if dim == 0 and node.kwargs.get("alpha", 1) == 1 else None
+
+
 #: More rows than this for each place are not added up.
 MAX_ADDED = 64
 
