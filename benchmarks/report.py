@@ -156,6 +156,25 @@ def layers(cells: Rows) -> str:
     )
 
 
+def compile_time(cells: Rows) -> str:
+    """What the passes add to a first call."""
+    rows = [
+        (c["model"], c["layers"], c["nodes"], c["sites"], f"{c['stock']:.1f}", f"{c['passes']:.2f}", f"{c['share']:.1%}")
+        for c in cells
+    ]
+    deep = [c for c in cells if c["layers"] == max(d["layers"] for d in cells)]
+    return "\n".join(
+        (
+            "## Compile time\n",
+            "`benchmarks/compile_time.py`: the passes' seconds beside stock `torch.compile`'s first call, in one run, caches off,",
+            "on two cores that other work shared.\n",
+            f"- {deep[0]['layers']} layers: {', '.join(f'{c["share"]:.1%} ({c["model"]})' for c in deep)}\n",
+            table(("model", "layers", "nodes", "sites", "stock s", "passes s", "passes / stock"), rows),
+            "",
+        )
+    )
+
+
 #: File of benchmarks/results, without .json -> its section.
 SECTIONS: Mapping[str, Callable[[Any], str]] = {
     "moe_h100": peers,
@@ -163,6 +182,7 @@ SECTIONS: Mapping[str, Callable[[Any], str]] = {
     "rope_h100": rope,
     "cpu": cpu,
     "growth": growth,
+    "compile_time": compile_time,
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 
-from braze.loops import without_loops
+from braze.loops import capture_settings, without_loops
 from braze.options import Options
 
 T = TypeVar("T")
@@ -48,12 +48,25 @@ def fuse(
         if isinstance(t, nn.Module):
             without_loops(t)
             t.compile(backend=_backend(chosen), dynamic=dynamic, fullgraph=fullgraph)
+            settings = capture_settings(t)
+            if settings:
+                t._compiled_call_impl = _within(settings, t._compiled_call_impl)  # type: ignore[assignment]
             return t
         if isinstance(t, type) or not callable(t):
             raise TypeError(f"braze.fuse takes an nn.Module class, an instance of one, or a function, not {t!r}")
         return compile_(t)
 
     return apply if target is None else apply(target)
+
+
+def _within(settings: dict[str, bool], call: Any) -> Callable[..., Any]:
+    """`call` under settings of torch._dynamo, which are as they were outside of it."""
+
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(**settings):
+            return call(*args, **kwargs)
+
+    return compiled
 
 
 def _backend(chosen: dict[str, Any]) -> Callable[..., Any]:

@@ -89,7 +89,9 @@ def _unlooped(module: nn.Module, by_mask: bool) -> Unlooped:
         raise KeepsLoop(f"{made.experts} experts with parameters of their own, more than {MAX_IN_TURN}")
     reason = _unfused(made)
     if reason is not None:
-        raise KeepsLoop(f"its products are not recognised ({reason}): computing them otherwise would cost more than the loop")
+        raise KeepsLoop(
+            f"its products are not recognised ({reason}): computing them otherwise would cost more than the loop"
+        )
     return made
 
 
@@ -116,6 +118,21 @@ def _unfused(made: Unlooped) -> str | None:
     if any(finding.kind == "moe" for _, finding in result.calls):
         return None
     return "; ".join(m.reason for m in result.near_misses) or "nothing came close"
+
+
+def capture_settings(model: nn.Module) -> dict[str, bool]:
+    """Settings of torch._dynamo.config under which a graph holds what `model` reads from tensors: rows split by numbers
+    read with tolist(), a product for each part. Only while such a model is called (`braze.fuse`)."""
+    sources = [_source(type(m).forward) for m in model.modules()]
+    splits = any(".tolist()" in s for s in sources) and any(".split(" in s for s in sources)
+    return {"capture_scalar_outputs": True} if splits else {}
+
+
+def _source(forward: Any) -> str:
+    try:
+        return inspect.getsource(forward)
+    except (OSError, TypeError):
+        return ""
 
 
 def without_loops(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ A compiled graph holds either, and the passes make one call of it; neither copie
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -40,6 +40,12 @@ class Unlooped:
     rest: fx.GraphModule | None = None
     by_mask: bool = False
     batched_result: bool = False
+    #: Whether `one` takes one row at a time, since it views it in other shapes; told once, not in a graph.
+    row_wise: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        views = self.one.graph.find_nodes(op="call_function", target=torch.ops.aten.reshape.default)
+        object.__setattr__(self, "row_wise", bool(views))
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if torch.is_grad_enabled() or not torch.compiler.is_compiling():
@@ -96,9 +102,8 @@ class Unlooped:
 
     def _in_turn(self, x: Tensor, ids: Tensor, weights: Tensor, lists: Sequence[Sequence[Tensor]]) -> Tensor:
         out = torch.zeros_like(x)
-        whole = not self.one.graph.find_nodes(op="call_function", target=torch.ops.aten.reshape.default)
         per_row = torch.vmap(self.one, in_dims=(0, *(None for _ in self.parts[0])))
         for e, parts in enumerate(zip(*lists, strict=True)):
-            y = self.one(x, *parts) if whole else per_row(x.unsqueeze(1), *parts).squeeze(1)
+            y = per_row(x.unsqueeze(1), *parts).squeeze(1) if self.row_wise else self.one(x, *parts)
             out = out + y * torch.where(ids == e, weights, 0.0).sum(1, keepdim=True)
         return out

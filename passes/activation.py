@@ -5,6 +5,7 @@ x / (1 + exp(-x)), becomes x * sigmoid(x), so that every spelling has one text.
 """
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -44,30 +45,48 @@ class _Printer(StrPrinter):  # type: ignore[misc]
 
 def text(expr: Expr, symbols: Mapping[Expr, sympy.Symbol]) -> str:
     """The activation as text, with `symbols` for the expressions that stand for g and u; NotScalar where it is none."""
-    memo: dict[Expr, Any] = {}
+    steps: list[tuple[Any, ...]] = []
+    place: dict[Expr, int] = {}
 
-    def go(e: Expr) -> Any:
-        if e in symbols:
-            return symbols[e]
-        if e not in memo:
-            memo[e] = _node(e, go)
-        return memo[e]
+    def go(e: Expr) -> int:
+        if e not in place:
+            step = (symbols[e],) if e in symbols else _step(e, go)
+            place[e] = len(steps)
+            steps.append(step)
+        return place[e]
 
-    found = go(expr).replace(_is_logistic, lambda e: sigmoid(-_exponent(e.base)))
-    return str(_Printer().doprint(found))
+    go(expr)
+    return _text(tuple(steps))
 
 
-def _node(e: Expr, go: Callable[[Expr], Any]) -> Any:
+def _step(e: Expr, go: Callable[[Expr], int]) -> tuple[Any, ...]:
     if e.op == "const":
-        value = e.args[0]
-        if isinstance(value, float) and not value.is_integer():
-            return sympy.Float(value, 17)
-        return sympy.Integer(int(value)) if abs(value) < 2**53 else sympy.Float(value, 17)
+        return ("const", type(e.args[0]), e.args[0])
     if e.op == "load":
         raise NotScalar(f"the activation depends on {e.args[0].name}")
     if e.op not in _SYMPY:
         raise NotScalar(f"the activation uses {e.op}")
-    return _SYMPY[e.op](*map(go, e.args))
+    return (e.op, *map(go, e.args))
+
+
+@lru_cache(maxsize=1024)
+def _text(steps: tuple[tuple[Any, ...], ...]) -> str:
+    """The text of the last of `steps`, which name earlier ones by number: the same for every layer, and worked out once."""
+    values: list[Any] = []
+    for first, *rest in steps:
+        if first == "const":
+            values.append(_number(rest[1]))
+        elif isinstance(first, str):
+            values.append(_SYMPY[first](*(values[i] for i in rest)))
+        else:
+            values.append(first)
+    return str(_Printer().doprint(values[-1].replace(_is_logistic, lambda e: sigmoid(-_exponent(e.base)))))
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, float) and not value.is_integer():
+        return sympy.Float(value, 17)
+    return sympy.Integer(int(value)) if abs(value) < 2**53 else sympy.Float(value, 17)
 
 
 def _is_logistic(e: Any) -> bool:

@@ -61,7 +61,9 @@ def root_of(pair: Pair, left: bool, ev: Elements) -> fx.Node:
 def adds_rows(node: fx.Node) -> bool:
     """Whether rows are added up at the places that indices say."""
     puts = (aten.index_put.default, aten._unsafe_index_put.default)
-    return node.target is aten.scatter_add.default or (node.target in puts and node.args[3:] == (True,))
+    return node.target in (aten.scatter_add.default, aten.index_add.default) or (
+        node.target in puts and node.args[3:] == (True,)
+    )
 
 
 def _combines(node: fx.Node, pair: Pair, left: bool, ev: Elements) -> bool:

@@ -403,7 +403,8 @@ def _div(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
     a, b = ev.operand(node.args[0], node, idx), ev.operand(node.args[1], node, idx)
     if mode is None:
         return ev.make("div", a, b)
-    if mode == "trunc" and (a.const is None or a.const < 0):
+    place = a.op == "load" and _is_sort(a.args[0])  # a position, never negative
+    if mode == "trunc" and not place and (a.const is None or a.const < 0):
         return None
     return ev.make("floordiv", a, b)
 
@@ -603,6 +604,12 @@ def _scatter_add(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
     if ev.indices.at(where, (0, *rest)) is not ev.indices.at(where, (0, *(0 for _ in rest))):
         return None
     return _sum_at(ev, base, where, values, idx)
+
+
+@handles(aten.index_add.default)
+def _index_add(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
+    base, dim, where, values = node.args[:4]
+    return _sum_at(ev, base, where, values, idx) if dim == 0 and node.kwargs.get("alpha", 1) == 1 else None
 
 
 #: More rows than this for each place are not added up.

@@ -31,20 +31,29 @@ def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[MoeSite], list[NearMiss]]:
     """Every expert block of the graph, and every pair of expert products that is none, with the reason."""
     sites: list[MoeSite] = []
     misses: list[NearMiss] = []
+    firsts: set[str] = set()
     seconds: set[fx.Node] = set()
     ev = Elements(sizes)
     for node in list(graph.nodes):
         if not products.is_product(node):
             continue
-        pair = _pair(node, ev)
+        try:
+            pair = _pair(node, ev)
+        except Unknown:  # a size that only a run tells
+            continue
         if pair is None or pair.first in seconds:  # a block after a block, joined by the residual stream
             continue
-        seconds.add(pair.second)
         try:
             sites.append(capacity.site(pair, ev) or _site(pair, ev))
         except (NoExperts, separate.NotStored, Unknown, TooLarge) as e:
             if _looks_like_experts(pair, ev):
                 misses.append(NearMiss("moe", node.name, "find", str(e), source_line([node])))
+        else:
+            firsts.update(f.name for f in pair.firsts)
+            seconds.add(pair.second)
+    misses = [
+        m for m in misses if m.root not in firsts
+    ]  # a block's first product, taken for the second of what is before it
     loops, loop_misses = unrolled.find(graph, sizes)
     return sites + loops, misses + loop_misses
 

@@ -4,7 +4,7 @@ A select between a sum and itself with one more term is a mask: where(c, a, b) =
 by its number from all of them: y[ids[t]] = sum_e [ids[t] = e] y_e.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,22 @@ def is_choice(node: fx.Node) -> bool:
     return is_mask(node) or node.target in (aten.scatter.src, aten.scatter.value)
 
 
+def masks(graph: fx.Graph) -> list[set[fx.Node]]:
+    """The comparisons that choose experts, but for those that compared ids are made of themselves, as of a one-hot mask; then
+    those with a number alone, for weights may be made of other masks."""
+    found = set(filter(is_mask, graph.nodes))
+    before: set[fx.Node] = set()
+    stack = [n for mask in found for n in mask.all_input_nodes]
+    while stack:
+        node = stack.pop()
+        value = node.meta.get("val")
+        if node not in before and isinstance(value, torch.Tensor) and not value.is_floating_point():
+            before.add(node)
+            stack.extend(node.all_input_nodes)
+    found -= before
+    return [found, {n for n in found if n.target is aten.eq.Scalar}]
+
+
 def behind(seeds: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes computed from `seeds` element by element, or by a batched product, not through sorts and the like."""
     out = set(seeds)
@@ -76,7 +92,7 @@ def behind(seeds: Iterable[fx.Node]) -> set[fx.Node]:
     return out
 
 
-def root_of(down: fx.Node, inside: set[fx.Node], reads: Callable[[fx.Node], fx.Node], ev: Elements) -> Sum:
+def root_of(down: fx.Node, inside: Collection[fx.Node], reads: Callable[[fx.Node], fx.Node], ev: Elements) -> Sum:
     """The sum that an expert's last product ends in. reads: the row operand of an expert's first product, by its last."""
     element = Elements(
         ev.sizes,

@@ -5,16 +5,18 @@ Experts come first since their subgraphs are the larger ones, and a router is fo
 share a node that is rewritten. A site that fails its proof or its rewrite leaves the graph as it was, and a near miss.
 """
 
+import contextlib
+import gc
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from torch import fx
 
-from braze.passes import experts, norm, proof, rope, routers
+from braze.passes import experts, norm, proof, rope, routers, splits
 from braze.passes.elements import Sizes
 from braze.passes.proofs import Proofs
 from braze.passes.rewrite import clean, rewrite, rewrite_norm, source_nodes
@@ -46,6 +48,27 @@ def run(graph: fx.Graph, disable: Collection[Kind] = (), strict: bool = False) -
     leaves its site unfused; with `strict` it is raised."""
     result = Result()
     began = time.perf_counter()
+    with _without_collections():
+        _run(graph, disable, strict, result)
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Python's cycle collector walks all that the compiler holds, over and over, and finds nothing of the passes'."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _run(graph: fx.Graph, disable: Collection[Kind], strict: bool, result: Result) -> None:
+    if "moe" not in disable:
+        _guarded(partial(splits.group, graph), "products of split rows", 0, strict, result)
     prove = Proofs(graph)
     for kind, find in _RECOGNISERS:
         if kind in disable:
@@ -60,8 +83,6 @@ def run(graph: fx.Graph, disable: Collection[Kind] = (), strict: bool = False) -
         clean(graph)  # what fused sites leave behind would look like other uses to the next kind
     _guarded(partial(_join_norms, result, prove), "norms before rotations", None, strict, result)
     clean(graph)
-    result.seconds = time.perf_counter() - began
-    return result
 
 
 def _guarded(work: Callable[[], Any], what: str, otherwise: Any, strict: bool, result: Result) -> Any:

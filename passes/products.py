@@ -22,7 +22,7 @@ def is_grouped(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     name = getattr(node.target, "name", lambda: "")()
-    return name in ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+    return name in ("aten::_grouped_mm", "transformers::grouped_mm_fallback", "braze::grouped_mm")
 
 
 def is_product(node: fx.Node) -> bool:

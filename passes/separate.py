@@ -23,8 +23,8 @@ _CAST = torch.ops.prims.convert_element_type.default
 _LIST = "braze_list"
 #: Where a name for gate and up of two tensors keeps the two.
 _APART = "braze_apart"
-#: Where a weight that is seen in the other order keeps the tensor itself.
-_TURNED = "braze_turned"
+#: Where a weight of which a site has a view keeps the tensor itself, and how its value is made of the view's.
+_SEEN = "braze_seen"
 
 
 class NotStored(Exception):
@@ -215,18 +215,28 @@ def named(
             _together(nodes, dim)
             for nodes, dim in (([s.weight for s in sides], 2 if sides[0].transposed else 1), (biases, 1))
         )
-        same = sides[0].transposed == down.transposed
-        w2 = down.weight if same else called(aten.transpose.int, down.weight, 1, 2)
-    if not same:
-        w2.meta[_TURNED] = down.weight
-    assert w1 is not None
-    return w1, b1, w2
+        w2 = down.weight
+        if sides[0].transposed != down.transposed:
+            w2 = called(aten.transpose.int, down.weight, 1, 2)
+            w2.meta[_SEEN] = down.weight, lambda value: value.transpose(1, 2)
+        assert w1 is not None
+        return (_first(w1, w2), b1, _first(w2, w1))
+
+
+def _first(weight: fx.Node, other: fx.Node) -> fx.Node:
+    """As many experts of a weight as the other one has: those after them are none that the rows are given."""
+    number, kept = weight.meta["val"].shape[0], other.meta["val"].shape[0]
+    if number <= kept or apart(weight):
+        return weight
+    node = called(aten.slice.Tensor, weight, 0, 0, kept)
+    node.meta[_SEEN] = weight, lambda value: torch.cat((value, value.new_zeros(number - kept, *value.shape[1:])))
+    return node
 
 
 def sources(node: fx.Node | None) -> list[fx.Node]:
     """The graph's own tensors that a site's weight or bias is a name for or a view of; none where it is one itself."""
-    turned = [node.meta[_TURNED]] if node is not None and _TURNED in node.meta else []
-    return [*lists(node), *apart(node), *turned]
+    seen = [node.meta[_SEEN][0]] if node is not None and _SEEN in node.meta else []
+    return [*lists(node), *apart(node), *seen]
 
 
 def _together(nodes: Sequence[fx.Node], dim: int) -> fx.Node | None:
@@ -239,8 +249,9 @@ def _together(nodes: Sequence[fx.Node], dim: int) -> fx.Node | None:
 
 def parts_of(node: fx.Node, value: Tensor) -> dict[fx.Node, Tensor]:
     """The values of a node's `sources`, where it has `value`."""
-    if _TURNED in node.meta:
-        return {node.meta[_TURNED]: value.transpose(1, 2)}
+    if _SEEN in node.meta:
+        source, back = node.meta[_SEEN]
+        return {source: back(value)}
     together = apart(node)
     if together:
         return dict(zip(together, value.chunk(2, node.args[1]), strict=True))  # type: ignore[arg-type]

@@ -262,7 +262,7 @@ def _gather(node: fx.Node, values: dict[fx.Node, Any], sizes: Sizes) -> Tensor:
 def _put(node: fx.Node, values: dict[fx.Node, Any], sizes: Sizes) -> Tensor:
     """A constant that rows are put into, or added to, gets their columns; so do the indices that are repeated for each."""
     args: list[Any] = list(fx.node.map_arg(node.args, lambda n: values[n]))
-    rows = args[2] if node.target is not aten.scatter_add.default else args[3]
+    rows = args[3 if node.target in (aten.scatter_add.default, aten.index_add.default) else 2]
     own, columns = args[0], rows.shape[1:] if rows.ndim > 1 else ()
     lead = own.ndim - len(columns)
     if isinstance(node.args[0], fx.Node) and node.args[0].target is aten.full.default:
@@ -285,6 +285,7 @@ _RULES: dict[Any, Callable[[fx.Node, dict[fx.Node, Any], Sizes], Any]] = {
     aten.gather.default: _gather,
     aten.index_put.default: _put,
     aten._unsafe_index_put.default: _put,
+    aten.index_add.default: _put,
     aten.scatter_add.default: _put,
     aten.empty.memory_format: _filled(_empty),
     aten.full.default: _full,

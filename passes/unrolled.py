@@ -19,10 +19,10 @@ from braze.kernels.spec import GateUpLayout, MoeSpec, WeightOn
 from braze.passes import activation, separate
 from braze.passes.between import linear_in
 from braze.passes.chosen import is_top_k, sparse
-from braze.passes.dense import is_mask, slots_of
+from braze.passes.dense import slots_of
 from braze.passes.elements import Elements, Expr, Position, Sizes, Unknown, leaves, trail
 from braze.passes.linear import TooLarge
-from braze.passes.masked import NoLoop, Term, behind, is_choice, root_of
+from braze.passes.masked import NoLoop, Term, behind, is_choice, masks, root_of
 from braze.passes.products import NoExperts
 from braze.passes.rows import count
 from braze.passes.separate import is_plain
@@ -53,12 +53,15 @@ def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[MoeSite], list[NearMiss]]:
         return sites, misses
     ev = Elements(sizes, stop=is_plain)
     downs = [n for n in graph.nodes if is_plain(n) and _firsts(n, 0, ev)]
-    inside = behind({*downs, *filter(is_mask, graph.nodes)})
+    ways = list(dict.fromkeys(frozenset(behind({*downs, *chosen})) for chosen in masks(graph)))
     done: set[fx.Node] = set()
     for down in downs:
         if down in done:
             continue
-        found = root_of(down, inside, lambda d: separate.left(_firsts(d, 0, ev)[0].args[0]), ev)
+        for inside in ways:
+            found = root_of(down, inside, lambda d: separate.left(_firsts(d, 0, ev)[0].args[0]), ev)
+            if found.root is not None:
+                break
         done |= found.products
         try:
             if found.root is not None:

@@ -38,13 +38,14 @@ _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2,
 @dataclass(frozen=True)
 class Family:
     """config, model: class names in transformers.models.NAME; extra: settings over SMALL; inputs: what the model takes;
-    unlike: why it has no expert blocks to fuse, where that is so."""
+    unlike: why it has no expert blocks to fuse, where that is so; wide: parts of names of parameters that stay float32."""
 
     config: str
     model: str
     extra: dict[str, Any] = field(default_factory=dict)
     inputs: Literal["ids", "seq2seq", "image"] = "ids"
     unlike: str = ""
+    wide: str = ""
 
 
 def _lm(stem: str, **extra: Any) -> Family:
@@ -103,7 +104,7 @@ FAMILIES: dict[str, Family] = {
     "hy_v3": _lm("HYV3"),
     "hy_v4": _lm("HYV4"),
     "inkling": _text("Inkling"),
-    "inkling2": _text("Inkling2"),
+    "inkling2": Family("Inkling2TextConfig", "Inkling2TextModel", wide=".gate.weight"),
     "jamba": _lm(
         "Jamba", intermediate_size=32, expert_layer_period=1, expert_layer_offset=0, attn_layer_period=2,
         attn_layer_offset=1, use_mamba_kernels=False, mamba_d_state=8, mamba_d_conv=4, mamba_expand=2, mamba_dt_rank=4,
@@ -177,7 +178,11 @@ def build(name: str, dtype: torch.dtype = torch.float32, experts: str | None = N
     if experts is not None:
         config._experts_implementation = experts
     torch.manual_seed(0)
-    return fill(_class(name, "modeling", family.model)._from_config(config, dtype=dtype).eval())
+    model = fill(_class(name, "modeling", family.model)._from_config(config, dtype=dtype).eval())
+    for parameter, value in model.named_parameters():
+        if family.wide and family.wide in parameter:
+            value.data = value.data.float()
+    return model
 
 
 def inputs(name: str, length: int = 12) -> dict[str, torch.Tensor]:

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from functorch.compile import make_boxed_func
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._inductor.compile_fx import compile_fx
 
+from braze.loops import capture_settings
 from braze.lowering.inductor import no_modes
 from braze.passes import pipeline
 
@@ -56,10 +57,12 @@ class Fused:
             gm.graph.lint()
 
         torch._dynamo.reset()
+        self.settings = capture_settings(model) if isinstance(model, nn.Module) else {}
         self.compiled = torch.compile(model, backend=compiled_by(fuse), dynamic=dynamic)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        caches = torch._inductor.config.patch(force_disable_caches=True)
+        with torch.no_grad(), caches, torch._dynamo.config.patch(**self.settings):
             return self.compiled(*args, **kwargs)
 
     def count(self, kind: str) -> list[int]:

@@ -4,6 +4,7 @@ Rounding in bfloat16 can reverse two nearly equal scores: another expert is then
 model that takes a run's own ids and weights shows what is left: the errors of everything but the choice.
 """
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,8 @@ def watch(experts: Iterable[Any], log: list[Route]) -> None:
     """Every call of the modules is noted in `log`."""
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
-        log.append(_route(args, kwargs))
+        with contextlib.suppress(StopIteration):  # chosen by a mask: no ids
+            log.append(_route(args, kwargs))
 
     for module in experts:
         module.register_forward_pre_hook(note, with_kwargs=True)

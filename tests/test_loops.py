@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+import sys
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 import braze
 from braze.backend import _tell_break, collect
-from braze.loops import Gathered, KeepsLoop, gathered, is_loop, without_loops
+from braze.loops import KeepsLoop, is_loop, unlooped, without_loops
+from braze.unlooped import Unlooped
 from tests.families import build, inputs
 from tests.harness import Fused, assert_close
 
@@ -84,8 +86,12 @@ def test_a_loop_by_hand_is_fused_with_the_same_result() -> None:
     assert fused.count("moe") == [1]
 
 
-@pytest.mark.parametrize(("name", "layers"), [("step3p7", 2)])
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("step3p7", 2), ("dbrx", 2), ("longcat_flash", 1), ("jetmoe", 2), ("switch_transformers", 2), ("nllb_moe", 4)],
+)
 def test_loops_of_transformers_are_fused_with_the_same_result(name: str, layers: int) -> None:
+    """Experts of stacked tensors; gate and up apart; experts that pass a token on; rows split by lists; a module each."""
     model = build(name)
     twin = copy.deepcopy(model).double()
     without_loops(model)
@@ -93,7 +99,8 @@ def test_loops_of_transformers_are_fused_with_the_same_result(name: str, layers:
     with torch.no_grad():
         got, exact = fused(**inputs(name))[0], twin(**inputs(name))[0]
     assert_close(got, exact, 1e-5)
-    assert fused.count("moe") == [layers]
+    assert sum(fused.count("moe")) == layers, fused.reasons
+    assert len(fused.results) == (3 if name == "switch_transformers" else 1)  # its router sets an attribute of its own
 
 
 def test_a_loop_in_bfloat16_is_fused() -> None:
@@ -110,14 +117,38 @@ def test_a_loop_in_bfloat16_is_fused() -> None:
     assert fused.count("moe") == [1]
 
 
-@pytest.mark.parametrize(("name", "reason"), [("dbrx", "not recognised"), ("longcat_flash", "no parameters")])
-def test_a_loop_that_would_gather_weights_unfused_stays(name: str, reason: str) -> None:
-    """dbrx keeps gate and up in two tensors, longcat_flash has experts that pass a token on: no site covers either yet."""
-    loops = [m for m in build(name).modules() if is_loop(m)]
-    assert loops
-    for module in loops:
-        with pytest.raises(KeepsLoop, match=reason):
-            gathered(module)
+def test_settings_of_torch_are_changed_in_the_compiled_call_only() -> None:
+    seen: list[bool] = []
+    model = build("jetmoe")
+
+    def backend(gm: Any, example_inputs: Any, **_: Any) -> Any:
+        seen.append(torch._dynamo.config.capture_scalar_outputs)
+        return gm.forward
+
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys.modules["braze.fuse"], "_backend", lambda chosen: backend)
+        braze.fuse(model)
+    with torch.no_grad():
+        got, exact = model(**inputs("jetmoe"))[0], build("jetmoe")(**inputs("jetmoe"))[0]
+    torch.testing.assert_close(got, exact)
+    assert seen == [True]
+    assert not torch._dynamo.config.capture_scalar_outputs
+
+
+def test_one_module_an_expert_is_read_where_it_lies() -> None:
+    """Nothing is stacked: no memory is added, and a weight that is replaced later, as LoRA's merge does, is seen."""
+    model = Block(Separate())
+    exact = copy.deepcopy(model).double()
+    without_loops(model)
+    fused = Fused(model, dynamic=False)
+    assert_close(fused(tokens()), exact(tokens().double()).detach(), 1e-6)
+    assert fused.count("moe") == [1]
+    assert not [b for m in model.modules() for b in m.buffers(recurse=False)]
+    for m in (model, exact):
+        m.experts.experts[2][0].weight.data.mul_(-3.0)
+        m.experts.experts[1][2].weight = nn.Parameter(m.experts.experts[1][2].weight.data * 2)
+    assert_close(fused(tokens()), exact(tokens().double()).detach(), 1e-6)
 
 
 def test_a_class_with_a_choice_is_switched() -> None:
@@ -149,11 +180,13 @@ def test_fuse_compiles_the_model_and_gradients_reach_the_parameters() -> None:
 def test_parameters_changed_later_are_seen() -> None:
     experts = Stacked()
     without_loops(experts)
+    fused = Fused(experts)
     x, ids, weights = tokens(), torch.randint(E, (7, K)), torch.randn(7, K)
-    before = experts(x, ids, weights)
+    before = fused(x, ids, weights)
+    assert fused.count("moe") == [1]
     with torch.no_grad():
         experts.down.mul_(2.0)
-    torch.testing.assert_close(experts(x, ids, weights), 2 * before)
+    torch.testing.assert_close(fused(x, ids, weights), 2 * before)
 
 
 def test_state_dict_and_pickles_stay_and_the_loop_comes_back() -> None:
@@ -161,7 +194,7 @@ def test_state_dict_and_pickles_stay_and_the_loop_comes_back() -> None:
     without_loops(model)
     assert model.state_dict().keys() == plain.state_dict().keys()
     torch.testing.assert_close(pickle.loads(pickle.dumps(model))(tokens()), plain(tokens()))
-    assert isinstance(model.experts.forward, Gathered)
+    assert isinstance(model.experts.forward, Unlooped)
     del model.experts.forward
     assert is_loop(model.experts)
 
@@ -199,25 +232,71 @@ class Busy(Stacked):
         return out
 
 
+class OtherOrder(Stacked):
+    """Experts are numbered from the last one on."""
+
+    def expert(self, e: int, x: Tensor) -> Tensor:
+        return super().expert(E - 1 - e, x)
+
+    forward = LastOdd.forward
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
         (WeightBefore, "constant"),
-        (Separate, "parameter of its own"),
+        (OtherOrder, "in no order"),
         (LastOdd, "expert 4 does not compute"),
-        (Busy, "another result"),
+        (Busy, "result is another"),
     ],
 )
 def test_what_is_no_weighted_sum_of_experts_keeps_its_loop(
     kind: type[nn.Module], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(KeepsLoop, match=reason):
-        gathered(kind())
+        unlooped(kind())
     model = Block(kind())
     with caplog.at_level(logging.WARNING, "braze"):
         without_loops(model)
     assert "keeps its loop over experts" in caplog.text
     assert "forward" not in vars(model.experts)
+
+
+class Passing(Stacked):
+    """Ids past the last expert pass the token on, doubled."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            token, slot = torch.where(ids == e)
+            y = self.expert(e, x[token]) if e < E else 2 * x[token]
+            out.index_add_(0, token, y * weights[token, slot, None])
+        return out
+
+
+def test_experts_without_parameters_come_after_the_others() -> None:
+    experts = Passing()
+    exact = copy.deepcopy(experts).double()
+    without_loops(experts)
+    fused = Fused(experts)
+    rng = torch.Generator().manual_seed(4)
+    ids = torch.stack([torch.randperm(E + 2, generator=rng)[:3] for _ in range(7)])
+    weights = torch.randn(7, 3, generator=rng)
+    assert (ids >= E).any()
+    assert_close(fused(tokens(), ids, weights), exact(tokens().double(), ids, weights.double()).detach(), 1e-6)
+    assert fused.count("moe") == [1]
+
+
+def test_where_gradients_are_recorded_it_is_the_loop() -> None:
+    """Graphs that save intermediates are not fused: rows that gather weights would cost more than the loop."""
+    experts = Stacked()
+    without_loops(experts)
+    x, ids, weights = tokens(), torch.randint(E, (7, K)), torch.randn(7, K)
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(experts)(x, ids, weights)
+    assert explained.graph_break_count > 0
+    with torch.no_grad():
+        assert torch._dynamo.explain(experts)(x, ids, weights).graph_break_count == 0
 
 
 def test_a_captured_piece_is_told_with_what_to_do(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,284 @@
+"""Layers as people write them, one style each: weights of three tensors, sorted rows added up by index, weights in two orders.
+
+Every style is one call with the float64 result; each with one thing bent is refused, with its reason.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, one_hot, silu
+
+from tests.harness import Fused, assert_close
+
+T, H, INNER, E, K = 10, 24, 16, 5, 2
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A router [E, H]; gate, up [E, INNER, H], down [E, H, INNER]; biases of the three; turned: down
+    as [E, INNER, H]."""
+
+    router: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    b_gate: Tensor
+    b_up: Tensor
+    b_down: Tensor
+    turned: Tensor
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = (x @ self.router.to(x.dtype).t()).softmax(-1).topk(K)
+        return weights / weights.sum(-1, keepdim=True), ids
+
+    def to(self, dtype: torch.dtype) -> "Layer":
+        return Layer(*(t.to(dtype) for t in vars(self).values()))
+
+
+Style = Callable[[Layer, Tensor], Tensor]
+
+
+def layer() -> Layer:
+    rng = torch.Generator().manual_seed(0)
+    shapes = ((E, H), (E, INNER, H), (E, INNER, H), (E, H, INNER), (E, INNER), (E, INNER), (E, H))
+    values = [torch.randn(s, generator=rng) * 0.3 for s in shapes]
+    return Layer(*values, values[3].transpose(1, 2).contiguous())
+
+
+def tokens(n: int = T) -> Tensor:
+    return torch.randn(n, H, generator=torch.Generator().manual_seed(1))
+
+
+def sort(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(permutation of the rows by expert, where each expert's end)."""
+    counts = torch.histc(ids.flatten().float(), bins=E, min=0, max=E - 1)
+    return ids.flatten().argsort(stable=True), counts.cumsum(0).to(torch.int32)
+
+
+def grouped(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
+    """[rows, in] x [E, out, in] in bfloat16, as torch's grouped product takes it."""
+    return torch._grouped_mm(x.bfloat16(), w.bfloat16().transpose(1, 2), offs=ends)
+
+
+# ------------------------------------------------------------------------------------------------------ the styles
+
+
+def gathered_three(m: Layer, x: Tensor) -> Tensor:
+    """Weights gathered per token, gate and up apart, einsums all the way."""
+    weights, ids = m.route(x)
+    g = silu(torch.einsum("ti,taoi->tao", x, m.gate[ids])) * torch.einsum("ti,taoi->tao", x, m.up[ids])
+    return torch.einsum("tai,ta->ti", torch.einsum("tao,taio->tai", g, m.down[ids]), weights)
+
+
+def gathered_three_with_biases(m: Layer, x: Tensor) -> Tensor:
+    weights, ids = m.route(x)
+    g = torch.einsum("ti,taoi->tao", x, m.gate[ids]) + m.b_gate[ids]
+    u = torch.einsum("ti,taoi->tao", x, m.up[ids]) + m.b_up[ids]
+    y = torch.einsum("tao,taio->tai", gelu(g, approximate="tanh") * (u + 1), m.down[ids]) + m.b_down[ids]
+    return (y * weights.unsqueeze(-1)).sum(1)
+
+
+def up_first(m: Layer, x: Tensor) -> Tensor:
+    """The linear factor is computed, and written, before the gate."""
+    weights, ids = m.route(x)
+    u = torch.einsum("ti,taoi->tao", x, m.up[ids])
+    g = torch.einsum("ti,taoi->tao", x, m.gate[ids])
+    return torch.einsum("tao,taio,ta->ti", u * silu(g), m.down[ids], weights)
+
+
+def dense_three(m: Layer, x: Tensor) -> Tensor:
+    """All experts on all tokens."""
+    weights, ids = m.route(x)
+    scores = torch.zeros(x.shape[0], E, dtype=x.dtype).scatter(1, ids, weights)
+    g = silu(torch.einsum("th,eih->tei", x, m.gate)) * torch.einsum("th,eih->tei", x, m.up)
+    return torch.einsum("teh,te->th", torch.einsum("tei,ehi->teh", g, m.down), scores)
+
+
+def batched_three(m: Layer, x: Tensor) -> Tensor:
+    """All experts in batched products, down stored [in, out] beside gate and up [out, in]."""
+    weights, ids = m.route(x)
+    scores = torch.zeros(x.shape[0], E, dtype=x.dtype).scatter(1, ids, weights)
+    rows = x.expand(E, *x.shape)
+    g = silu(torch.bmm(rows, m.gate.transpose(1, 2))) * torch.bmm(rows, m.up.transpose(1, 2))
+    return (torch.bmm(g, m.down.transpose(1, 2)) * scores.t()[..., None]).sum(0)
+
+
+def sorted_scattered(m: Layer, x: Tensor) -> Tensor:
+    """Sorted rows in grouped products; scatter_add with the tokens' numbers repeated for every column."""
+    weights, ids = m.route(x)
+    perm, ends = sort(ids)
+    token = (perm // K).reshape(-1, 1).expand(-1, H)
+    rows = torch.gather(x, 0, token)
+    y = grouped(silu(grouped(rows, m.gate, ends)) * grouped(rows, m.up, ends), m.down, ends)
+    y = (y.float() * weights.flatten()[perm].reshape(-1, 1)).to(x.dtype)
+    return torch.zeros_like(x).scatter_add(0, token, y)
+
+
+def sorted_added(m: Layer, x: Tensor) -> Tensor:
+    """Gate and up in one product of sorted rows; index_add."""
+    weights, ids = m.route(x)
+    perm, ends = sort(ids)
+    gate, up = grouped(x[perm // K], torch.cat((m.gate, m.up), 1), ends).chunk(2, -1)
+    y = grouped(silu(gate) * up, m.down, ends).to(x.dtype)
+    return torch.zeros_like(x).index_add(0, perm // K, y * weights.flatten()[perm].unsqueeze(1))
+
+
+def in_two_orders(m: Layer, x: Tensor) -> Tensor:
+    """gate and up [out, in], down [in, out]."""
+    weights, ids = m.route(x)
+    g = silu(torch.einsum("ti,taoi->tao", x, m.gate[ids])) * torch.einsum("ti,taoi->tao", x, m.up[ids])
+    return torch.einsum("tai,ta->ti", torch.einsum("tao,taoi->tai", g, m.turned[ids]), weights)
+
+
+def masked_places(m: Layer, x: Tensor) -> Tensor:
+    """Masks of places [tokens, experts, places], gate and up apart."""
+    weights, ids = m.route(x)
+    chosen = one_hot(ids, E).to(x.dtype)
+    place = ((chosen.sum(1).cumsum(0) - 1).unsqueeze(1) * chosen).sum(-1).long()
+    where = chosen.unsqueeze(-1) * one_hot(place, x.shape[0]).to(x.dtype).unsqueeze(2)
+    rows = torch.einsum("tec,th->ech", where.sum(1), x)
+    g = silu(torch.einsum("ech,eih->eci", rows, m.gate)) * torch.einsum("ech,eih->eci", rows, m.up)
+    y = torch.einsum("eci,ehi->ech", g, m.down)
+    return torch.einsum("tec,ech->th", (where * weights[:, :, None, None]).sum(1), y)
+
+
+def one_by_one(m: Layer, x: Tensor) -> Tensor:
+    """A loop over all experts on all tokens."""
+    weights, ids = m.route(x)
+    out = torch.zeros_like(x)
+    for e in range(E):
+        y = (silu(x @ m.gate[e].t()) * (x @ m.up[e].t())) @ m.down[e].t()
+        out = out + y * (weights * (ids == e)).sum(-1, keepdim=True)
+    return out
+
+
+STYLES: dict[str, Style] = {
+    s.__name__: s
+    for s in (
+        gathered_three, gathered_three_with_biases, up_first, dense_three, batched_three, sorted_scattered, sorted_added,
+        in_two_orders, masked_places, one_by_one,
+    )
+}  # fmt: skip
+
+
+def reference(m: Layer, x: Tensor, name: str) -> Tensor:
+    m, x = m.to(torch.float64), x.double()
+    return gathered_three_with_biases(m, x) if "biases" in name else gathered_three(m, x)
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_a_style_is_one_call(name: str) -> None:
+    m, x = layer(), tokens()
+    fused = Fused(lambda x: STYLES[name](m, x))
+    got = fused(x)
+    assert fused.count("moe") == [1], fused.reasons
+    assert fused.count("router") == [int(name != "masked_places")], fused.reasons  # there the masks are made of its ids
+    assert_close(got, reference(m, x, name), 2e-2 if "sorted" in name else 1e-5)
+
+
+@pytest.mark.parametrize("name", ["gathered_three", "dense_three", "sorted_scattered"])
+def test_compiled_with_other_numbers_of_tokens(name: str) -> None:
+    m = layer()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: STYLES[name](m, x), backend="braze", options={"require": ["moe"]})
+    for n in (7, 12):
+        x = tokens(n)
+        with torch.no_grad():
+            assert_close(compiled(x), reference(m, x, name), 2e-2 if "sorted" in name else 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ one thing bent
+
+
+def other_rows(m: Layer, x: Tensor) -> Tensor:
+    weights, ids = m.route(x)
+    g = silu(torch.einsum("ti,taoi->tao", x, m.gate[ids])) * torch.einsum("ti,taoi->tao", x.flip(0), m.up[ids])
+    return torch.einsum("tai,ta->ti", torch.einsum("tao,taio->tai", g, m.down[ids]), weights)
+
+
+def other_experts(m: Layer, x: Tensor) -> Tensor:
+    weights, ids = m.route(x)
+    g = silu(torch.einsum("ti,taoi->tao", x, m.gate[ids])) * torch.einsum("ti,taoi->tao", x, m.up[(ids + 1) % E])
+    return torch.einsum("tai,ta->ti", torch.einsum("tao,taio->tai", g, m.down[ids]), weights)
+
+
+def one_bias(m: Layer, x: Tensor) -> Tensor:
+    weights, ids = m.route(x)
+    g = torch.einsum("ti,taoi->tao", x, m.gate[ids]) + m.b_gate[ids]
+    y = torch.einsum("tao,taio->tai", silu(g) * torch.einsum("ti,taoi->tao", x, m.up[ids]), m.down[ids])
+    return (y * weights.unsqueeze(-1)).sum(1)
+
+
+def columns_turned(m: Layer, x: Tensor) -> Tensor:
+    weights, ids = m.route(x)
+    g = silu(torch.einsum("ti,taoi->tao", x, m.gate[ids])) * torch.einsum("ti,taoi->tao", x, m.up[ids]).flip(-1)
+    return torch.einsum("tai,ta->ti", torch.einsum("tao,taio->tai", g, m.down[ids]), weights)
+
+
+def gate_returned(m: Layer, x: Tensor) -> Tensor:
+    weights, ids = m.route(x)
+    gate = torch.einsum("ti,taoi->tao", x, m.gate[ids])
+    y = torch.einsum("tao,taio->tai", silu(gate) * torch.einsum("ti,taoi->tao", x, m.up[ids]), m.down[ids])
+    return torch.einsum("tai,ta->ti", y, weights) + gate.mean()
+
+
+def added_at_rows(m: Layer, x: Tensor) -> Tensor:
+    """Rows are added up as if the tokens' slots were apart."""
+    weights, ids = m.route(x)
+    perm, ends = sort(ids)
+    gate, up = grouped(x[perm // K], torch.cat((m.gate, m.up), 1), ends).chunk(2, -1)
+    y = grouped(silu(gate) * up, m.down, ends).to(x.dtype)
+    return torch.zeros_like(x).index_add(0, perm % x.shape[0], y * weights.flatten()[perm].unsqueeze(1))
+
+
+def added_in_order(m: Layer, x: Tensor) -> Tensor:
+    """Rows are added up without the permutation that sorted them."""
+    weights, ids = m.route(x)
+    perm, ends = sort(ids)
+    gate, up = grouped(x[perm // K], torch.cat((m.gate, m.up), 1), ends).chunk(2, -1)
+    y = grouped(silu(gate) * up, m.down, ends).to(x.dtype)
+    return torch.zeros_like(x).index_add(0, torch.arange(T * K) // K, y * weights.flatten()[perm].unsqueeze(1))
+
+
+def added_to_something(m: Layer, x: Tensor) -> Tensor:
+    """The rows' sum begins with a multiple of the tokens, which no op of experts has a place for."""
+    weights, ids = m.route(x)
+    perm, ends = sort(ids)
+    gate, up = grouped(x[perm // K], torch.cat((m.gate, m.up), 1), ends).chunk(2, -1)
+    y = grouped(silu(gate) * up, m.down, ends).to(x.dtype)
+    return (2 * x).index_add(0, perm // K, y * weights.flatten()[perm].unsqueeze(1))
+
+
+def another_router(m: Layer, x: Tensor) -> Tensor:
+    """Ids and weights of two choices."""
+    weights, ids = m.route(x)
+    perm, ends = sort(ids)
+    gate, up = grouped(x[perm // K], torch.cat((m.gate, m.up), 1), ends).chunk(2, -1)
+    y = grouped(silu(gate) * up, m.down, ends).to(x.dtype)
+    other = m.route(x.flip(1))[1].flatten().argsort(stable=True)
+    return torch.zeros_like(x).index_add(0, perm // K, y * weights.flatten()[other].unsqueeze(1))
+
+
+REFUSED: dict[Style, str] = {
+    other_rows: "product",
+    other_experts: "different experts' weights",
+    one_bias: "only one of gate and up has a bias",
+    columns_turned: "the activation depends on",
+    gate_returned: "is also used by",
+    added_at_rows: "not linear in the second product's rows",
+    added_in_order: "not linear in the second product's rows",
+    added_to_something: "not weighted as they are",
+    another_router: "weight",
+}
+
+
+@pytest.mark.parametrize("style", REFUSED, ids=lambda s: s.__name__)
+def test_one_thing_bent_is_refused(style: Style) -> None:
+    m, x = layer(), tokens()
+    fused = Fused(lambda x: style(m, x))
+    assert_close(fused(x), style(m.to(torch.float64), x.double()), 2e-2)
+    assert fused.count("moe") == [0]
+    assert any(REFUSED[style] in r for r in fused.reasons), fused.reasons
