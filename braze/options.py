@@ -14,7 +14,7 @@ from braze.lowering import inductor
 from braze.passes.sites import KINDS, Kind
 
 KERNELS: dict[Kind, tuple[str, ...]] = {
-    "rope": ("auto", "pointwise", "triton"),
+    "rope": ("auto", "pointwise", "cpp", "triton"),
     "moe": ("auto", "cpp", "triton", "aten", "sgl_kernel", "vllm_xpu"),
     "router": ("auto", "cpp", "triton", "aten", "sgl_kernel"),
 }
@@ -29,7 +29,8 @@ DOCUMENTED: dict[str, tuple[str, str, str]] = {
     "kernel": (
         "dict of kind to kernel", "{}",
         "Asks for a kernel instead of the best one, where it can run: "
-        '{"rope": "auto" | "pointwise" | "triton", "moe": "auto" | "cpp" | "triton" | "aten" | "sgl_kernel" | "vllm_xpu", '
+        '{"rope": "auto" | "pointwise" | "cpp" | "triton", '
+        '"moe": "auto" | "cpp" | "triton" | "aten" | "sgl_kernel" | "vllm_xpu", '
         '"router": "auto" | "cpp" | "triton" | "aten" | "sgl_kernel"}. The last ones are other projects\' (docs/vendor.md).',
     ),
 }  # fmt: skip
