@@ -96,23 +96,53 @@ def rope(cells: Rows) -> str:
     """The attention preamble on a GPU, every provider of a size in one row."""
     rows, by_size = [], {json.dumps(c["shape"]): c["shape"] for c in cells}
     ours = [c for c in cells if c["provider"] == "braze"]
+    against = []
     for shape in by_size.values():
         own = {c["provider"]: c for c in cells if c["shape"] == shape}
-        braze, liger = own["braze"], own.get("liger")
-        against = f"{liger['median'] / braze['median']:.2f}" if liger else ""
-        ratios = (f"{braze['ratio']:.2f}", f"{braze['speedup']:.2f}", against)
-        rows.append((shape["variant"], shape["T"], f"{braze['median']:.1f}", *ratios))
+        braze, over, liger = own["braze"], own.get("in place"), own.get("liger")
+        best = min(c["median"] for c in (braze, over) if c)
+        against += [liger["median"] / best] if liger else []
+        ratios = (f"{braze['ratio']:.2f}", f"{braze['speedup']:.2f}", f"{over['median']:.1f}" if over else "")
+        words = f"{liger['median'] / best:.2f}" if liger else ""
+        rows.append((shape["variant"], shape["T"], f"{braze['median']:.1f}", *ratios, words))
     many = [c for c in ours if c["shape"]["T"] >= 4096]
-    header = ("preamble", "tokens", "braze us", "copy / braze", "stock / braze", "Liger / braze")
+    header = ("preamble", "tokens", "braze us", "copy / braze", "stock / braze", "in place us", "Liger / braze's best")
     return "\n".join(
         (
             "## RoPE on an H100\n",
             "`benchmarks/rope.py`: projections' output to the layout that attention wants, 32 and 8 heads, bfloat16, CUDA",
             "graphs over inputs larger than L2. Copy clones q and k; Liger-Kernel rotates in place, and norms by kernels of",
-            "their own.\n",
+            "their own. In place: the kernel over its inputs, as compiled graphs have it where a projection made them; a",
+            "graph's own inputs, as here, are not written over.\n",
             f"- against stock torch.compile: {mean([c['speedup'] for c in ours])}",
-            f"- against a copy, from 4096 tokens: {mean([c['ratio'] for c in many])}\n",
+            f"- against a copy, from 4096 tokens: {mean([c['ratio'] for c in many])}",
+            *([f"- against Liger-Kernel: {mean(against)}"] if against else []),
+            "",
             table(header, rows),
+            "",
+        )
+    )
+
+
+def rope_cpu(cells: Rows) -> str:
+    """The attention preamble on a CPU."""
+    ours = [c for c in cells if c["provider"] == "braze"]
+    rows = [
+        (
+            c["shape"]["variant"], c["shape"]["T"], f"{c['median']:.0f}", f"{c['ratio']:.2f}", f"{c['speedup']:.2f}",
+            "C++" if "cpp" in c["kernel"] else "loops",
+        )
+        for c in ours
+    ]  # fmt: skip
+    few, many = ([c["speedup"] for c in ours if (c["shape"]["T"] == 1) == decode] for decode in (True, False))
+    return "\n".join(
+        (
+            "## RoPE on CPU\n",
+            "`benchmarks/rope.py`: the same preamble with 16 and 4 heads, on one thread; stock's time over braze's in the",
+            "rounds of one run.\n",
+            *(f"- {name}: {mean(some)}" for name, some in (("one token", few), ("prefill", many)) if some),
+            "",
+            table(("preamble", "tokens", "braze us", "copy / braze", "stock / braze", "kernel"), rows),
             "",
         )
     )
@@ -180,6 +210,7 @@ SECTIONS: Mapping[str, Callable[[Any], str]] = {
     "moe_h100": peers,
     "layers_h100": layers,
     "rope_h100": rope,
+    "rope_cpu": rope_cpu,
     "cpu": cpu,
     "growth": growth,
     "compile_time": compile_time,

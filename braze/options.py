@@ -14,7 +14,7 @@ from braze.lowering import inductor
 from braze.passes.sites import KINDS, Kind
 
 KERNELS: dict[Kind, tuple[str, ...]] = {
-    "rope": ("auto", "pointwise", "triton", "sgl_kernel", "vllm_xpu", "ipex"),
+    "rope": ("auto", "pointwise", "cpp", "triton", "sgl_kernel", "vllm_xpu", "ipex"),
     "moe": ("auto", "cpp", "triton", "aten", "sgl_kernel", "vllm_xpu"),
     "router": ("auto", "cpp", "triton", "aten", "sgl_kernel", "vllm_xpu", "ipex"),
 }
@@ -29,9 +29,9 @@ DOCUMENTED: dict[str, tuple[str, str, str]] = {
     "kernel": (
         "dict of kind to kernel", "{}",
         "Asks for a kernel instead of the best one, where it can run: "
-        '{"rope": "auto" | "pointwise" | "triton", "moe": "auto" | "cpp" | "triton" | "aten", "router": "auto" | "cpp" | '
-        '"triton" | "aten"}; "sgl_kernel" for each, "vllm_xpu" for each and "ipex" for rope and router are other projects\' '
-        "(docs/vendor.md).",
+        '{"rope": "auto" | "pointwise" | "cpp" | "triton", "moe": "auto" | "cpp" | "triton" | "aten", "router": "auto" | '
+        '"cpp" | "triton" | "aten"}; "sgl_kernel" for each, "vllm_xpu" for each and "ipex" for rope and router are other '
+        "projects' (docs/vendor.md).",
     ),
 }  # fmt: skip
 

@@ -26,7 +26,10 @@ def choose_rope(call: fx.Node, forced: str) -> tuple[str, str, Turn | None]:
     if name is None or forced not in ("auto", name):
         return "pointwise", fused, None
     found = turn(call)
-    reason = found if isinstance(found, str) else (rotations if name == "triton" else cpp_rope).refusal(found)
+    if isinstance(found, str):
+        reason: str | None = found
+    else:
+        reason = rotations.refusal(found) if name == "triton" else cpp_rope.refusal(found, forced == name)
     if isinstance(found, str) or reason is not None:
         told = f"{fused}; the {'Triton' if name == 'triton' else 'C++'} kernel does not take this ({reason})"
         return "pointwise", told, None

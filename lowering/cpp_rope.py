@@ -8,6 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from braze.kernels.cpp import rope
 from braze.kernels.spec import NormSpec, RopeSpec
@@ -15,11 +17,11 @@ from braze.lowering import inductor
 from braze.lowering.rotations import Turn, as_kernels_see
 
 
-def refusal(turn: Turn) -> str | None:
-    """Why the C++ kernel does not make this call, in words; None where it does."""
+def refusal(turn: Turn, asked_for: bool) -> str | None:
+    """Why the C++ kernel does not make this call, in words; None where it does. asked_for: even where it does not pay."""
     size = turn.x.meta["val"].numel()
-    if isinstance(size, int) and size < rope.WORTH:
-        return "a call costs more than it saves for so few tokens"
+    if isinstance(size, int) and size < rope.WORTH and not asked_for:
+        return "so few tokens are turned before a call has begun"
     x, cos, sin = as_kernels_see(turn)
     weight = turn.weights[0].meta["val"] if turn.weights else None
     return rope.supports(x, cos, sin, turn.spec, weight)
@@ -54,7 +56,7 @@ def lower(
     size = x.get_size()
     rank = len(size)
     batch, token = size[0] if rank == 4 else 1, 2 * rank - 5 - axis
-    given = [inductor.with_rows(t) for t in ((x, cos, sin) if weight is None else (x, cos, sin, weight))]
+    given = [inductor.with_rows(x), cos, sin, *([] if weight is None else [inductor.with_rows(weight)])]
     wide = inductor.same_size(cos.get_size()[-1], spec.rotary_dim)
 
     def strides(of: Sequence[Any]) -> tuple[Any, Any, Any]:
@@ -68,15 +70,35 @@ def lower(
         ]
         return (*at, lie.stride(len(lie.shape) - 1)), lie.dtype
 
+    out = _dense(size, _order(inductor.current_call().meta["val"], axis, token))
+
     def numbers(lies: Sequence[Any]) -> Sequence[Any]:
-        dense = [1]
-        for s in reversed(size[1:]):
-            dense.insert(0, dense[0] * s)
         return rope.numbers(
-            (batch, size[token], size[axis], size[-1]), strides(dense), strides(lies[0].stride()), table(lies[1]),
+            (batch, size[token], size[axis], size[-1]), strides(out), strides(lies[0].stride()), table(lies[1]),
             table(lies[2]), wide, spec, norm, None if weight is None else lies[3].dtype,
         )  # fmt: skip
 
     tensors = given if weight is not None else [*given, given[0]]
     source = rope.source(spec.layout_in, spec.layout_out)
-    return inductor.cpp_call(size, x.get_dtype(), tensors, source, numbers, rope.ARGUMENTS)
+    return inductor.cpp_call(size, x.get_dtype(), tensors, source, numbers, rope.ARGUMENTS, out)
+
+
+def _order(val: Tensor, a: int, b: int) -> list[int]:
+    """The dimensions as the graph's own result lies in memory: row-major, or with a and b the other way round."""
+    plain = list(range(val.ndim))
+    other = [{a: b, b: a}.get(d, d) for d in plain]
+    for order in (plain, other):
+        wanted = zip(val.shape, val.stride(), _dense(val.shape, order), strict=True)
+        if all(statically_known_true(n == 1) or statically_known_true(s == w) for n, s, w in wanted):
+            return order
+    return plain
+
+
+def _dense(size: Sequence[Any], order: Sequence[int]) -> list[Any]:
+    """The strides of a dense tensor whose dimensions lie in this order, the last one next to each other."""
+    strides: dict[int, Any] = {}
+    step: Any = 1
+    for d in reversed(order):
+        strides[d] = step
+        step = step * size[d]
+    return [strides[d] for d in range(len(size))]

@@ -173,23 +173,24 @@ def in_memory(x: Any) -> Any:
 def with_rows(x: Any) -> Any:
     """x in memory, its last dimension contiguous; as it lies where it is."""
     node = _as_it_lies(x)
-    return x if same_size(node.get_stride()[-1], 1) else ir.TensorBox.create(ir.ExternKernel.copy_input(x))
+    return x if same_size(node.get_stride()[-1], 1) else ir.ExternKernel.copy_input(x)
 
 
 class CppCall(ir.ExternKernelOut):  # type: ignore[misc]
     """A tensor that one call of a generated C++ function fills; the function is a part of Inductor's code.
 
     function: C++ text of `kernel(result, *tensors, *numbers)`. numbers: from the tensors' `Lie` to what follows the pointers.
-    argument_types: C++ types of all arguments.
+    argument_types: C++ types of all arguments. strides: the result's, row-major where there are none.
     """
 
     def __init__(
         self, size: Sequence[Any], dtype: torch.dtype, tensors: Sequence[Any], function: str,
         numbers: Callable[[list["Lie"]], Sequence[Any]], argument_types: Sequence[str],
+        strides: Sequence[Any] | None = None,
     ) -> None:  # fmt: skip
         inputs = [_as_it_lies(t) for t in tensors]
         self.function, self.numbers, self.argument_types = function, numbers, list(argument_types)
-        super().__init__(ir.FixedLayout(inputs[0].get_device(), dtype, list(size)), inputs)
+        super().__init__(ir.FixedLayout(inputs[0].get_device(), dtype, list(size), strides), inputs)
 
     def codegen(self, wrapper: Any) -> None:
         tensors: list[Any] = list(self.inputs)

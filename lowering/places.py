@@ -29,6 +29,22 @@ _VIEWS = {
 _FRESH = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.add.Tensor, aten.mul.Tensor}
 
 
+_MOVES = {
+    aten.permute.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.select.int,
+}
+_LOOPS = {aten.clone.default, aten.cat.default, aten.index_put.default, aten.slice_scatter.default, aten.copy.default}
+_ATTENTION = {
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
 @dataclass(frozen=True)
 class CacheWrite:
     """A rotation's result as rows of a cache. node: what the launch's cache takes the place of; strides for (batch, row, head);
@@ -53,6 +69,18 @@ def is_dead(x: fx.Node, place: fx.Node, going: set[fx.Node]) -> bool:
     return not _read_after(x, place, going)
 
 
+def is_read_in_any_layout(call: fx.Node) -> bool:
+    """Whether all that reads a result reads it as it lies, without a copy first: loops of Inductor's, and attention on CUDA."""
+    queue = [call]
+    for node in queue:
+        for user in node.users:
+            if user.target in _MOVES:
+                queue.append(user)
+            elif user.target not in _LOOPS and not (user.target in _ATTENTION and user.meta["val"][0].is_cuda):
+                return False
+    return True
+
+
 def storage(node: fx.Node) -> int | None:
     """What tells whether two nodes are views of one memory."""
     val = node.meta.get("val")
@@ -60,7 +88,7 @@ def storage(node: fx.Node) -> int | None:
 
 
 def _read_after(x: fx.Node, place: fx.Node, going: set[fx.Node]) -> bool:
-    aliases = [n for n in x.graph.nodes if storage(n) == storage(x)]
+    aliases = [n for n in x.graph.nodes if storage(n) == storage(x) and n not in going]
     users = (u for n in aliases for u in n.users if u not in aliases and u not in going)
     return any(u > place for u in users)
 

@@ -253,15 +253,19 @@ def _turned_in_place(group: tuple[Turn, ...], replaced: Sequence[fx.Node], cache
     """Those whose result takes the place of what was turned: nothing reads that later, and both lie alike."""
     going = {n for t in group for n in (t.call, t.norm) if n is not None}
     turns = group if cached is None else group[:1]
-    over = [t for t in turns if _lies_alike(t) and places.is_dead(t.x, max(replaced), going)]
+    over = [t for t in turns if _may_stay(t) and places.is_dead(t.x, max(replaced), going)]
     apart = len({places.storage(t.x) for t in group}) == len(group)  # else Inductor would clone one of them
     return over if apart else []
 
 
-def _lies_alike(turn: Turn) -> bool:
+def _may_stay(turn: Turn) -> bool:
+    """Whether a result may lie where what was turned does."""
     x, spec = turn.x.meta["val"], turn.spec
     if spec.layout_in != spec.layout_out or turn.call.meta["val"].dtype != x.dtype:
         return False
+    # What does not turn stays where it is: worth more than the layout that the model's concatenation would give.
+    if spec.rotary_dim < x.shape[-1] and turn.norm is None and places.is_read_in_any_layout(turn.call):
+        return True
     with x.fake_mode:
         return _places_alike(_room(turn.call, x), x)
 

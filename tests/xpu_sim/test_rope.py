@@ -15,6 +15,8 @@ from braze.backend import collect
 from braze.kernels.spec import RopeSpec
 from braze.kernels.triton import rope
 from tests import rope_models, tiny
+from tests.harness import assert_close
+from tests.test_rope_sites import PASSED
 from tests.test_triton_rope import ROWS, SPECS, compare, compare_rows, inputs, tables
 
 TARGETS = ["pvc", "generic"]
@@ -126,3 +128,37 @@ def test_one_launch_for_q_and_k_and_nothing_else(rotate: Callable[..., Tensor]) 
     for a, b in zip(got, exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
         assert a.stride()[1:] == b.stride()[1:]
+
+
+NOT_THE_KERNELS = {"coefficients of a head": "vary from head to head", "float64": "only float16, bfloat16 and float32"}
+
+
+def test_wherever_tables_and_heads_are_from() -> None:
+    """mrope, yarn, positions of both widths, rows of a cache, packed projections, [T, H, D], x alone ...: all in one graph."""
+    cases = {name: case for name, case in PASSED.items() if not name.startswith("two ")}
+    flat = [t for _, inputs, _ in cases.values() for t in inputs]
+
+    def graph(*tensors: Tensor) -> list[Any]:
+        left, results = list(tensors), []
+        for rotate, args, _ in cases.values():
+            given, left = left[: len(args)], left[len(args) :]
+            result = rotate(*given)
+            results += result if isinstance(result, tuple) else (result,)
+        return results
+
+    exact = graph(*(t.double() if t.is_floating_point() else t for t in flat))
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        torch._dynamo.reset()
+        with xpu_sim.compiled_graphs("pvc"), xpu_sim.record() as launches, collect() as reports:
+            got = torch.compile(lambda *a: graph(*a), backend="braze", dynamic=False)(*flat)
+    for a, b in zip(got, exact, strict=True):
+        assert_close(a, b, 5e-6)
+    (report,) = reports
+    others = [s.why for s in report.sites if s.kernel != "triton"]
+    assert len(report.sites) == sum(len(forms) for _, _, forms in cases.values())
+    assert len(others) == len(NOT_THE_KERNELS) and all(
+        any(w in why for why in others) for w in NOT_THE_KERNELS.values()
+    )
+    made = sum(x.kernel == "rope_kernel" for x in launches)
+    pairs = 1  # q and k of one packed projection
+    assert made == len(report.sites) - len(others) - pairs
