@@ -7,6 +7,7 @@ TFLOP/s. ratio: our fraction of the floor over the best peer's, which is the rat
 experts. error: ||out - ref|| / ||ref||, ref in float64.
 
     python benchmarks/moe.py [--quick] [--json FILE] [--shape NAME ...] [--tokens N ...]
+    python benchmarks/moe.py --untuned [--json FILE]: what the model chooses, as if the shapes had not been tuned
 """
 
 import argparse
@@ -24,10 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from braze import tune
 from braze.kernels import reference
 from braze.kernels.spec import MoeSpec
 from braze.kernels.triton import moe
-from braze.kernels.triton.choose_config import Config
+from braze.kernels.triton.choose_config import Config, choose_config, model
 from braze.tune import Shape, graph_time
 
 BYTES_PER_US, FLOPS_PER_US = 3.0e6, 790e6
@@ -120,6 +122,49 @@ def measure(
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Untuned:
+    """Microseconds of the shipped config and of the model's, their replays in turn; model: its config."""
+
+    shape: str
+    tokens: int
+    tuned: float
+    untuned: float
+    model: str
+
+
+def measure_untuned(name: str, tokens: int, w1: Tensor, w2: Tensor, repeats: int) -> Untuned:
+    """The config that is shipped beside the one that the model would choose."""
+    shape = SHAPES[name]
+    problem = tune.problem(shape, tokens)
+    configs = (choose_config(problem), model(problem))
+
+    def call(config: Config) -> Callable[..., Any]:
+        return lambda x, ids, weights: moe.run(x, ids, weights, w1, w2, None, None, shape.spec, config=config)
+
+    tuned, untuned = tune.graph_times([call(c) for c in configs], shape.sets(tokens), repeats)
+    return Untuned(name, tokens, round(tuned, 2), round(untuned, 2), short(configs[1]))
+
+
+def short(config: Config) -> str:
+    """A config in a few words."""
+    tiles = (f"{t.columns}x{t.inner} w{t.warps} s{t.stages}" for t in (config.first, config.second))
+    return f"{config.rows} rows{', direct' if config.direct else ''}: {', '.join(tiles)}"
+
+
+def show_untuned(cells: Sequence[Untuned], console: Console) -> None:
+    table = Table(title="Tiles of the model beside tuned ones")
+    for header in ("shape", "T", "tuned us", "model's us", "tuned / model's", "the model's"):
+        table.add_column(header, justify="left" if header in ("shape", "the model's") else "right")
+    for c in cells:
+        table.add_row(
+            c.shape, str(c.tokens), f"{c.tuned:.1f}", f"{c.untuned:.1f}", f"{c.tuned / c.untuned:.3f}", c.model
+        )
+    console.print(table)
+    ratios = [c.tuned / c.untuned for c in cells]
+    console.print(f"{len(cells)} cells: geometric mean {geomean(ratios):.3f}, worst {min(ratios):.3f}")
+
+
 def geomean(values: Sequence[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values)))
 
@@ -143,6 +188,7 @@ def main() -> None:
     peers = json.loads(PEERS.read_text())
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer repeats, and only 1, 32 and 2048 tokens")
+    parser.add_argument("--untuned", action="store_true", help="the model's tiles beside the shipped ones")
     parser.add_argument("--json", type=Path, help="write the cells to this file")
     parser.add_argument("--shape", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--tokens", nargs="*", type=int, help="only these numbers of tokens")
@@ -151,18 +197,19 @@ def main() -> None:
         parser.error("needs a CUDA device")
     tokens = options.tokens or ([1, 32, 2048] if options.quick else sorted({p["tokens"] for p in peers}))
     console = Console(width=130)
-    cells: list[Cell] = []
+    cells: list[Any] = []
     torch.manual_seed(0)
+    take = measure_untuned if options.untuned else measure
     for name in options.shape:
         w1, w2 = SHAPES[name].weights()
         for m in tokens:
             if any((p["shape"], p["tokens"]) == (name, m) for p in peers):
-                cells.append(measure(name, m, w1, w2, 10 if options.quick else 30))
+                cells.append(take(name, m, w1, w2, 10 if options.quick else 30))
                 if options.json:
                     options.json.write_text(json.dumps([asdict(c) for c in cells], indent=1))
         del w1, w2
         torch.cuda.empty_cache()
-    show(cells, console)
+    (show_untuned if options.untuned else show)(cells, console)
 
 
 if __name__ == "__main__":

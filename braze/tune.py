@@ -22,7 +22,7 @@ from torch import Tensor
 
 from braze.kernels.spec import MoeSpec
 from braze.kernels.triton import compat, moe
-from braze.kernels.triton.choose_config import Config, Problem, Tile, user_folder
+from braze.kernels.triton.choose_config import Config, Problem, Tile, choose_config, user_folder
 
 L2_BYTES = 50 * 2**20
 SHARED_BYTES = 227 * 2**10
@@ -120,27 +120,23 @@ def tile_rows(p: Problem) -> list[int]:
 
 def tiles(rows: int, direct: bool) -> list[Tile]:
     """Tiles worth measuring for `rows` rows."""
-    few = [(128, 128, 8, 3), (64, 256, 4, 3), (32, 256, 4, 3), (64, 128, 4, 4), (64, 128, 4, 5), (32, 128, 4, 4)]
     if rows == 16:
-        pointers = [Tile(*t, group=1) for t in few]
+        few = [(128, 128, 8, 3), (64, 256, 4, 3), (32, 256, 4, 3), (64, 128, 4, 4), (64, 128, 4, 5), (32, 128, 4, 4)]
         boxes = [(64, 128, 4, 4), (128, 128, 4, 4), (64, 256, 4, 3), (128, 128, 8, 4)]
-        found = pointers + [Tile(*t, group=1, descriptors=True) for t in boxes]
+        found = [Tile(*t) for t in few] + [Tile(*t, descriptors=True) for t in boxes]
     elif rows == 32:
         boxes = [(64, 128, 4, 4), (128, 128, 4, 3), (128, 64, 4, 5), (64, 256, 4, 3), (128, 128, 8, 3), (256, 64, 8, 4)]
-        found = [Tile(*t, group=2, descriptors=True) for t in boxes] + [Tile(64, 128, 4, 4, group=2)]
+        found = [Tile(*t, descriptors=True) for t in boxes] + [Tile(64, 128, 4, 4)]
     elif rows == 64:
-        boxes = [(128, 64, 4, 4), (256, 64, 4, 3), (256, 64, 4, 4), (128, 128, 4, 3), (256, 64, 8, 4)]
+        boxes = [(128, 64, 4, 4), (256, 64, 4, 4), (128, 128, 4, 3), (256, 64, 8, 4)]
         found = [Tile(*t, descriptors=True) for t in boxes]
         found += [Tile(128, 64, 4, 4, programs=2, descriptors=True), Tile(256, 64, 4, 4, programs=1, descriptors=True)]
     else:
         wide = [(256, 64, 8, 3), (256, 64, 8, 4)]
         found = [Tile(*t, group=16, descriptors=True, halves=h) for t in wide for h in (False, True)]
         found += [Tile(*t, group=16, programs=1, descriptors=True) for t in wide]
-        found += [Tile(128, 64, 4, 3, group=16, descriptors=True, halves=h) for h in (False, True)]
-        found += [
-            Tile(128, 64, 4, 3, group=16, programs=2, descriptors=True),
-            Tile(128, 128, 8, 3, group=16, descriptors=True),
-        ]
+        found += [Tile(128, 64, 4, 3, group=16, descriptors=True, halves=True)]
+        found += [Tile(128, 64, 4, 3, group=16, programs=2, descriptors=True)]
     if direct:
         found = [t for t in found if not t.programs]
     return [t for t in found if (rows + t.columns) * t.inner * 2 * t.stages <= SHARED_BYTES]
@@ -151,10 +147,10 @@ def sweeps(p: Problem) -> list[tuple[list[Config], list[Config]]]:
     found = []
     for rows in tile_rows(p):
         for direct in (True, False):
-            if (direct and p.tokens * p.top_k > 256) or (not direct and p.tokens * p.top_k <= 32):
+            if (direct and p.tokens * p.top_k > 64) or (not direct and p.tokens * p.top_k <= 16):
                 continue
             choices = tiles(rows, direct)
-            splits = (1, 2, 4) if direct and p.tokens <= 8 else (1,)
+            splits = (1, 2) if direct and p.tokens <= 8 else (1,)
             base = choices[0]
             copies = (False, True) if rows == 128 else (False,)
             first = [Config(rows, direct, t, base, permute) for t in choices for permute in copies]
@@ -194,7 +190,7 @@ def compile_ahead(jobs: Sequence[tuple[Shape, int, list[Config]]], processes: in
 
 
 def best(shape: Shape, tokens: int, weights: tuple[Tensor, Tensor], repeats: int = 9) -> tuple[Config, float]:
-    """The fastest config of this many tokens, and its time in microseconds."""
+    """The fastest config of this many tokens, the one in use among them, and its time in microseconds."""
     sets = shape.sets(tokens)
     w1, w2 = weights
 
@@ -204,7 +200,7 @@ def best(shape: Shape, tokens: int, weights: tuple[Tensor, Tensor], repeats: int
     def ranked(configs: Sequence[Config], repeats: int) -> list[tuple[float, int]]:
         return sorted(zip(graph_times([call(c) for c in configs], sets, repeats), range(len(configs)), strict=True))
 
-    finals = []
+    finals = [choose_config(problem(shape, tokens))]
     for firsts, seconds in sweeps(problem(shape, tokens)):
         a, b = ([configs[n] for _, n in ranked(configs, repeats)[:2]] for configs in (firsts, seconds))
         finals += [replace(x, second=y.second) for x in a for y in b]

@@ -197,6 +197,94 @@ def test_stages(name: str) -> None:
 
 
 @needs_device
+@pytest.mark.parametrize("ids", ["random", "one", "invalid"])
+def test_one_token_is_summed_by_the_last_to_finish(ids: str) -> None:
+    """No launch for the sum; as deterministic as with it."""
+    for split in (1, 2):
+        case = Case(tokens=1, top_k=6, hidden=320, intermediate=160, bias=torch.float32, ids=ids)
+        compare(case, config(True, split=split))
+
+
+@needs_device
+@pytest.mark.parametrize("name", ["silu", "gpt_oss", "odd", "odd transposed", "invalid", "many", "fp16"])
+def test_half_full_tiles_and_copied_rows(name: str) -> None:
+    case = dataclasses.replace(CASES[name], hidden=80, tokens=9 * CASES[name].tokens)
+    for programs in (0, 1):
+        tiles = config(False, rows=128, descriptors=True, programs=programs)
+        tiles = dataclasses.replace(tiles, permute=True)
+        halves = [dataclasses.replace(t, halves=True) for t in (tiles.first, tiles.second)]
+        compare(case, dataclasses.replace(tiles, first=halves[0], second=halves[1]))
+        compare(case, dataclasses.replace(tiles, first=halves[0], permute=False))
+
+
+@needs_device
+def test_more_tiles_of_an_expert_than_go_together() -> None:
+    case = Case(tokens=700, top_k=2, experts=3, ids="invalid")
+    for group in (1, 3, 16):
+        tiles = config(False, rows=32)
+        tiles = dataclasses.replace(tiles, first=dataclasses.replace(tiles.first, group=group))
+        compare(case, dataclasses.replace(tiles, second=dataclasses.replace(tiles.second, group=group)))
+
+
+@needs_device
+@pytest.mark.parametrize("tokens", [1, 3, 200])
+def test_a_signature_is_planned_once(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls after the first choose nothing, and are right on other tensors, in place, and of another layout."""
+    case = Case(tokens=tokens, top_k=2, experts=5, hidden=192, intermediate=96)
+    first, second = make(case), make(case)
+    want = [moe.launch(*inputs, case.spec) for inputs in (first, second)]
+    assert torch.equal(moe.run(*first, case.spec), want[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(moe, "choose_config", None)
+        for inputs, expected in zip((second, first, second), (want[1], want[0], want[1]), strict=True):
+            assert torch.equal(moe.run(*inputs, case.spec), expected)
+    x, ids, weights, *rest = second
+    wide = torch.zeros(tokens, 2 * 192, dtype=x.dtype, device=x.device)
+    wide[:, :192] = x
+    assert torch.equal(moe.run(wide[:, :192], ids, weights, *rest, case.spec), want[1])
+    for _ in range(2):
+        apart = ids.T.contiguous().T
+        assert torch.equal(moe.run(x, apart, weights, *rest, case.spec), want[1])
+    for _ in range(2):
+        again = x.clone()
+        assert moe.run(again, ids, weights, *rest, case.spec, out=again) is again
+        assert torch.equal(again, want[1])
+
+
+@needs_device
+def test_a_planned_call_is_captured() -> None:
+    case = Case(tokens=2, hidden=128, intermediate=128)
+    inputs = make(case)
+    want = moe.run(*inputs, case.spec)
+    moe.run(*inputs, case.spec)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = moe.run(*inputs, case.spec)
+    got.fill_(7.0)
+    graph.replay()
+    assert torch.equal(got, want)
+
+
+@needs_device
+def test_positions_beyond_32_bits() -> None:
+    """A first weight and a result of more than 2**31 elements."""
+    if torch.cuda.mem_get_info()[0] < 10 << 30:
+        pytest.skip("needs 10 GiB")
+    case = Case(tokens=70000, top_k=4, experts=3, hidden=8192, intermediate=64)
+    x, _, weights, *_ = make(dataclasses.replace(case, hidden=64, intermediate=48, tokens=8))
+    x = torch.randn(case.tokens, case.hidden, device=DEVICE, dtype=torch.bfloat16)
+    ids = torch.randint(0, 3, (case.tokens, 4), device=DEVICE)
+    weights = torch.rand(case.tokens, 4, device=DEVICE)
+    w1 = torch.randn(3, 128, 8192, device=DEVICE, dtype=torch.bfloat16) * 8192**-0.5
+    w2 = torch.randn(3, 8192, 64, device=DEVICE, dtype=torch.bfloat16) / 8
+    got = moe.run(x, ids, weights, w1, w2, None, None, MoeSpec())
+    last = slice(case.tokens - 8, case.tokens)
+    wide = (x[last].double(), ids[last], weights[last].double(), w1.double(), w2.double())
+    want = reference.moe(*wide, None, None, MoeSpec(out_dtype=torch.float64))
+    assert (got[last].double() - want).norm() / want.norm() < TOLERANCE[torch.bfloat16]
+
+
+@needs_device
 def test_nan_weights_stay_with_their_token() -> None:
     x, ids, weights, *rest = make(Case(tokens=6))
     clean = moe.launch(x, ids, weights, *rest, MoeSpec(), config(False))

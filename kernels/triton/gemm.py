@@ -10,6 +10,8 @@ import triton.language as tl
 from braze.kernels.triton.intrinsics import launch_dependents, wait
 from braze.kernels.triton.rows import direct, listed, prefetch_weights, zero_rows
 
+ARRIVALS = tl.constexpr(1024)  # blocks of columns that can be counted
+
 
 @triton.jit
 def activation(g, u):
@@ -19,7 +21,7 @@ def activation(g, u):
 
 @triton.jit
 def moe_gemm(
-    a, w, bias, weight, out, ids, order, tiles, a_desc, a_half, w_desc,
+    a, w, bias, weight, out, ids, order, tiles, arrivals, result, a_desc, a_half, w_desc,
     rows, columns, inner, experts, limit, span, scale,
     a_row, w_expert, w_column, w_inner, bias_expert, out_row, out_split,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -27,6 +29,7 @@ def moe_gemm(
     FIRST: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     A_DESC: tl.constexpr, W_DESC: tl.constexpr, W_ROWS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
     FLATTEN: tl.constexpr, A_BLOCK: tl.constexpr, W_BLOCK: tl.constexpr, HALVES: tl.constexpr,
+    SUM: tl.constexpr,
 ):  # fmt: skip
     """FIRST: of the two products. GATHER: a is x, read at row // TOP_K; otherwise a's rows are in this call's order of rows.
 
@@ -35,6 +38,8 @@ def moe_gemm(
     its own. W_ROWS: w's inner dimension is contiguous. OVERLAP: the launches of a call may overlap. A_BLOCK, W_BLOCK: read in
     blocks as an XPU loads them. FLATTEN: the loop over tiles and that over the inner dimension become one, so that a tile's
     first loads are made during the one before. HALVES: tiles at most half full are multiplied as half as many rows.
+    SUM: of a single token's results; the first product sets `arrivals`, a number for each block of columns, to 0, and the
+    program that finishes the last part of a block in the second writes the sum to `result`.
     """
     COLS: tl.constexpr = BN // 2 if LAYOUT != "none" else BN
     blocks = tl.cdiv(columns, COLS) * SPLIT
@@ -44,6 +49,9 @@ def moe_gemm(
             prefetch_weights(w, ids, rows, columns, inner, experts, span, w_expert, w_column, blocks, BN, SPLIT)
         if not FIRST or SLOTS == 0:
             wait()
+    if SUM and FIRST:  # noqa: SIM102
+        if tl.program_id(0) == 0:
+            tl.store(arrivals + tl.arange(0, ARRIVALS), tl.zeros((ARRIVALS,), tl.int32))
     count = rows if SLOTS > 0 else tl.load(tiles)
     for unit in tl.range(tl.program_id(0), count * blocks, tl.num_programs(0), flatten=FLATTEN):
         if SLOTS > 0:
@@ -77,6 +85,10 @@ def moe_gemm(
                 TOP_K, GATHER, BM, BN, BK, SPLIT, SLOTS > 0, LAYOUT, FIRST, BIAS, WEIGHT, EVEN_N, EVEN_K,
                 A_DESC, W_DESC, W_ROWS, PRECISION, A_BLOCK, W_BLOCK,
             )  # fmt: skip
+
+        if SUM and not FIRST:
+            finished = tl.sum((own >= 0).to(tl.int32), 0)
+            _sum_by_last(out, result, arrivals, finished, block, columns, out_row, out_split, TOP_K, COLS, SPLIT)
 
     if SLOTS == 0 and not FIRST:
         zero_rows(out, order, tiles, count, columns, limit, out_row, out_split, BM, BN, SPLIT)
@@ -251,6 +263,24 @@ def _block(
 def column_start(n0, LAYOUT: tl.constexpr):
     """Where output column n0's first weight column lies."""
     return 2 * n0 if LAYOUT == "interleaved" else n0
+
+
+@triton.jit
+def _sum_by_last(
+    y, result, arrivals, finished, block, columns, y_row, y_split,
+    TOP_K: tl.constexpr, COLS: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Counts `finished` rows of a token's TOP_K in a block of columns; who counts the last sums them as `moe_combine` does."""
+    tl.debug_barrier()  # what every thread wrote comes before the count
+    before = tl.atomic_add(arrivals + block // SPLIT, finished, sem="acq_rel")
+    if (finished > 0) & (before + finished == TOP_K * SPLIT):
+        n = block // SPLIT * COLS + tl.arange(0, COLS)
+        total = tl.zeros((COLS,), tl.float32)
+        for s in tl.static_range(SPLIT):
+            for j in tl.static_range(TOP_K):
+                part = y + s * y_split + j * y_row + n
+                total += tl.load(part, mask=n < columns, other=0.0, cache_modifier=".cg").to(tl.float32)
+        tl.store(result + n, total.to(result.dtype.element_ty), mask=n < columns)
 
 
 @triton.jit

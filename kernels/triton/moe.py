@@ -1,7 +1,7 @@
 """Experts as a sequence of launches: [sort] -> first product -> second product -> [sum over each token's experts].
 
 Only the [T*k, I] activations and the [T*k, H] results pass through memory; rows of x are gathered inside the first product.
-For few rows there is no sort, and for k = 1 the second product writes the result itself: two to five launches.
+For few rows there is no sort, and for k = 1 or one token the second product writes the result itself: two to five launches.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from braze.kernels.triton.compat import Start
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_EXPERTS = 2046
 MAX_DIRECT_ROWS = 1024
+ARRIVALS = 1024  # as in `gemm`: blocks of columns that can be counted
 
 
 #: Called with rows [T*k, N], which it may change in place, and their order [T*k]: row r is slot order[r] % k of token
@@ -177,6 +178,10 @@ class Product:
     scale: float
     tile: Tile
     gathers: bool = False  # a's rows lie in the order of tokens
+    arrivals: Tensor | None = (
+        None  # where a token's parts are counted: set to 0 by the first product, used by the second
+    )
+    result: Tensor | None = None  # their sum
 
 
 def launch(
@@ -213,8 +218,12 @@ def launch(
     ids, weights = ids.contiguous(), weights.contiguous()
     found = prepare(ids, w1.shape[0], config, start, overlap)
 
-    h = _activations(x, up, b1, found, weights, spec, config, hooks, start, overlap)
     split = config.second.split
+    # One token's parts are summed by the program that finishes the last of them: a launch less.
+    counted = tokens == 1 < k and combine and found.direct and hidden <= ARRIVALS * config.second.columns
+    sums = counted and compat.platform(x.device) == "cuda"
+    arrivals = x.new_empty(ARRIVALS, dtype=torch.int32) if sums else None
+    h, arrivals = _activations(x, up, b1, found, weights, spec, config, hooks, arrivals, start, overlap)
     alone = split == 1 and (k == 1 or not combine)
     # Partial sums are kept in float32; whole results of an expert are rounded as the result is.
     y = (
@@ -224,30 +233,35 @@ def launch(
     )
     on_output = spec.weight_on == "output"
     second = Product(h, down, b2, y, False, on_output, "none", spec.scale, config.second)
-    y = _product(second, found, weights, "", config, start, overlap)
+    second = replace(second, arrivals=arrivals, result=out if sums else None)
+    y, *summed = _product(second, found, weights, "", config, start, overlap)
+    if sums:
+        return summed[-1]
     return y.view(out.shape) if alone else _combine(y, out, k, start, overlap)
 
 
 def _activations(
     x: Tensor, up: Tensor, bias: Tensor | None, found: Rows, weights: Tensor, spec: MoeSpec, config: Config, hooks: Hooks,
-    start: Start, overlap: bool,
-) -> Tensor:  # fmt: skip
-    """The first product and the activation [T*k, I], in the order of the call's rows."""
+    arrivals: Tensor | None, start: Start, overlap: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The first product and the activation [T*k, I], in the order of the call's rows; and `arrivals`, set to 0."""
     rows, columns = found.ids.numel(), up.shape[1]
     gathers = found.direct or not config.permute
     a = x if gathers else _permute(x, found, start, overlap)
     first = Product(a, up, bias, x, True, spec.weight_on == "input", spec.layout, 1.0, config.first, gathers)
     if hooks.gate_up is None:
         first = replace(first, out=x.new_empty(1, rows, columns if spec.layout == "none" else columns // 2))
-        h = _product(first, found, weights, spec.activation, config, start, overlap)[0]
+        first = replace(first, arrivals=arrivals)
+        out, *zeros = _product(first, found, weights, spec.activation, config, start, overlap)
+        h, arrivals = out[0], zeros[0] if zeros else None
     else:
         first = replace(first, layout="none", out=x.new_empty(1, rows, columns))
-        raw = _product(first, found, weights, "g", config, start, overlap)[0]
+        raw = _product(first, found, weights, "g", config, start, overlap)[0][0]
         hooks.gate_up(raw, found.order)
         h = apply_torch(spec.activation, *split_gate_up(raw.float(), spec.layout)).to(x.dtype)
     if hooks.activated is not None:
         hooks.activated(h, found.order)
-    return h
+    return h, arrivals
 
 
 def prepare(ids: Tensor, experts: int, config: Config, start: Start, overlap: bool) -> Rows:
@@ -262,7 +276,8 @@ def prepare(ids: Tensor, experts: int, config: Config, start: Start, overlap: bo
 
 def _product(
     p: Product, found: Rows, weights: Tensor, function: str, config: Config, start: Start, overlap: bool
-) -> Tensor:
+) -> list[Tensor]:
+    """What the launch wrote: out, then arrivals and result where there are any."""
     import triton
 
     from braze.kernels.triton.gemm import moe_gemm
@@ -284,6 +299,7 @@ def _product(
     grid = min(units, tile.programs * compat.processors(p.a.device)) if tile.programs else units
     arguments = (
         p.a, p.w, p.bias if p.bias is not None else p.w, weights, p.out, found.ids, found.order, found.tiles,
+        found.ids if p.arrivals is None else p.arrivals, p.out if p.result is None else p.result,
         compat.Box(p.a, (config.rows, tile.inner)) if a_desc else p.a,
         compat.Box(p.a, (config.rows // 2, tile.inner)) if a_desc and tile.halves else p.a,
         compat.Box(stored, box) if w_desc else p.w,
@@ -315,13 +331,12 @@ def _product(
         "A_BLOCK": not p.gathers and not found.direct and compat.takes_block(p.a),
         "W_BLOCK": w_block,
         "HALVES": tile.halves and not found.direct,
+        "SUM": p.arrivals is not None,
     }
     kernel = activation.bind(moe_gemm, function) if p.first else moe_gemm
     overlap = overlap and not (p.first and found.direct)
-    (out,) = start(
-        kernel, (grid,), arguments, constants, ["out"], warps=tile.warps, stages=tile.stages, overlap=overlap
-    )
-    return out
+    writes = ["out"] + ["arrivals"] * (p.arrivals is not None) + ["result"] * (p.result is not None)
+    return start(kernel, (grid,), arguments, constants, writes, warps=tile.warps, stages=tile.stages, overlap=overlap)
 
 
 def _permute(x: Tensor, found: Rows, start: Start, overlap: bool) -> Tensor:
