@@ -80,8 +80,8 @@ def moe_gemm(
     columns: of `out`; LAYOUT: of gate and up among w's columns, "none" where there is no gate; SLOTS: 0 for tiles from the
     list, otherwise a power of two >= rows. The inner dimension is cut in SPLIT stretches of `span`, each with a result of
     its own. W_ROWS: w's inner dimension is contiguous. OVERLAP: the launches of a call may overlap. A_BLOCK, W_BLOCK: read in
-    blocks as an XPU loads them. FLATTEN: the loop over tiles and that over the inner dimension become one, so that a tile's
-    first loads are made during the one before.
+    blocks as an XPU loads them, a in this call's order of rows even where it is x. FLATTEN: the loop over tiles and that over
+    the inner dimension become one, so that a tile's first loads are made during the one before.
     """
     GATED: tl.constexpr = LAYOUT != "none"
     PAIR: tl.constexpr = (W_DESC and LAYOUT == "halves") and not W_ROWS  # gate and up in two boxes of a descriptor
@@ -134,7 +134,7 @@ def moe_gemm(
             column = n0 + j
             column_fits = column < columns
         k = tl.arange(0, BK)
-        a_index = row // TOP_K if FIRST else position
+        a_index = row // TOP_K if FIRST and not A_BLOCK else position
         a_pointer = a + a_index.to(tl.int64)[:, None] * a_row + (k0 + k)[None, :]
         w_pointer = w + e * w_expert + column.to(tl.int64)[None, :] * w_column
         w_pointer += (k0 + k).to(tl.int64)[:, None] * w_inner
@@ -185,10 +185,16 @@ def moe_gemm(
             a_pointer = a + a_index.to(tl.int64)[:, None] * a_row + (k0 + k)[None, :]
             w_first += columns.to(tl.int64) * w_column
             w_block = _block(w_first, inner, columns, w_column, w_inner, k0, n0, BK, COLS, W_ROWS)
+            if A_BLOCK:
+                a_block = tl.make_block_ptr(a, (rows, inner), (a_row, 1), (start, k0), (BM, BK), (1, 0))
             for step in range(steps):
-                a_mask = inside[:, None] if EVEN_K else inside[:, None] & (k0 + step * BK + k < inner)[None, :]
-                x_tile = tl.load(a_pointer, mask=a_mask, other=0.0)
-                a_pointer += BK
+                if A_BLOCK:
+                    x_tile = tl.load(a_block, boundary_check=(0, 1), padding_option="zero")
+                    a_block = tl.advance(a_block, (0, BK))
+                else:
+                    a_mask = inside[:, None] if EVEN_K else inside[:, None] & (k0 + step * BK + k < inner)[None, :]
+                    x_tile = tl.load(a_pointer, mask=a_mask, other=0.0)
+                    a_pointer += BK
                 up_tile = tl.load(w_block, boundary_check=(0, 1), padding_option="zero")
                 w_block = tl.advance(w_block, (BK, 0))
                 acc_up = tl.dot(x_tile, up_tile, acc_up, input_precision=PRECISION)

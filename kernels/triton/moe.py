@@ -117,6 +117,8 @@ def run(
 def problem(x: Tensor, ids: Tensor, w1: Tensor, w2: Tensor, spec: MoeSpec) -> Problem:
     """What the choice of tiles depends on."""
     hidden = x.shape[1]
+    up, down = (w.transpose(1, 2) if spec.transposed else w for w in (w1, w2))
+    blocks = _takes_block(up, spec.layout) and _takes_block(down, "none")
     return Problem(
         tokens=x.shape[0],
         top_k=ids.shape[1],
@@ -127,7 +129,16 @@ def problem(x: Tensor, ids: Tensor, w1: Tensor, w2: Tensor, spec: MoeSpec) -> Pr
         element=x.element_size(),
         device=compat.device_name(x.device),
         processors=compat.processors(x.device),
+        layout=spec.layout,
+        result=(spec.out_dtype or x.dtype).itemsize,
+        reads=("rows" if up.stride(2) == 1 else "columns") if blocks else "pointers",
     )
+
+
+def _takes_block(w: Tensor, layout: str) -> bool:
+    """Whether an XPU loads blocks of a weight [E, N, K] whose gate and up lie so."""
+    second_half = w.shape[1] // 2 * w.stride(1) if layout == "halves" else 0
+    return compat.takes_block(w if w.stride(2) == 1 else w.transpose(1, 2), second_half)
 
 
 @dataclass(frozen=True)
@@ -211,6 +222,10 @@ def _activations(
 ) -> Tensor:  # fmt: skip
     """The first product and the activation [T*k, I], in the order of the call's rows."""
     rows, columns = found.ids.numel(), up.shape[1]
+    if config.copied and not found.direct and compat.platform(x.device) == "xpu":
+        from braze.kernels.triton.gather import gather
+
+        x = gather(x, found.order, found.ids.shape[1], start)
     first = Product(x, up, bias, x, True, spec.weight_on == "input", spec.layout, 1.0, config.first)
     if hooks.gate_up is None:
         first = replace(first, out=x.new_empty(1, rows, columns if spec.layout == "none" else columns // 2))
@@ -254,8 +269,6 @@ def _product(
     stored, box = _stored(p, cols, w_rows)
     w_desc = tile.descriptors and compat.takes_descriptor(stored)
     a_desc = tile.descriptors and not p.first and not found.direct and compat.takes_descriptor(p.a)
-    second_half = columns * p.w.stride(1) if p.layout == "halves" else 0
-    w_block = compat.takes_block(p.w if w_rows else p.w.transpose(1, 2), second_half)
     grid = min(units, tile.programs * compat.processors(p.a.device)) if tile.programs else units
     arguments = (
         p.a, p.w, p.bias if p.bias is not None else p.w, weights, p.out, found.ids, found.order, found.tiles,
@@ -285,14 +298,15 @@ def _product(
         "PRECISION": compat.dot_precision(p.a),
         "OVERLAP": overlap,
         "FLATTEN": tile.programs > 0,
-        "A_BLOCK": not p.first and not found.direct and compat.takes_block(p.a),
-        "W_BLOCK": w_block,
+        "A_BLOCK": (config.copied or not p.first) and not found.direct and compat.takes_block(p.a),
+        "W_BLOCK": _takes_block(p.w, p.layout),
     }
     kernel = activation.bind(moe_gemm, function) if p.first else moe_gemm
     overlap = overlap and not (p.first and found.direct)
     (out,) = start(
-        kernel, (grid,), arguments, constants, ["out"], warps=tile.warps, stages=tile.stages, overlap=overlap
-    )
+        kernel, (grid,), arguments, constants, ["out"],
+        warps=tile.warps, stages=tile.stages, overlap=overlap, registers=tile.registers,
+    )  # fmt: skip
     return out
 
 
@@ -321,7 +335,7 @@ def _combine(y: Tensor, out: Tensor, top_k: int, start: Start, overlap: bool) ->
         (y, out, hidden, y.stride(0)),
         constants,
         ["out"],
-        warps=max(1, block // 256),
+        warps=compat.spread(y, 4 * block, max(1, block // 256)),
         overlap=overlap,
     )
     return out
