@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,14 +114,12 @@ def expert_workloads() -> Iterator[Workload]:
     ways = {"rows by ids": 4, "sorted": 64, "many rows": 2048}
     for (name, case), (way, tokens) in itertools.product(FORMS.items(), ways.items()):
         matrix = case.aligned and case.dtype.itemsize == 2
-        yield Workload(f"{name}, {way}", lambda case=case, n=tokens: case.launch(n), matrix=matrix)
+        yield Workload(f"{name}, {way}", partial(case.launch, tokens), matrix=matrix)
 
 
 def model_workloads() -> Iterator[Workload]:
     for (name, case), tokens in itertools.product(MODELS.items(), TOKENS):
-        yield Workload(
-            f"{name}, {tokens} tokens", lambda case=case, n=tokens: case.launch(n), shipped=True, matrix=True
-        )
+        yield Workload(f"{name}, {tokens} tokens", partial(case.launch, tokens), shipped=True, matrix=True)
 
 
 def sort_workloads() -> Iterator[Workload]:
@@ -142,7 +141,7 @@ def sort_workloads() -> Iterator[Workload]:
 
 
 def route_workloads() -> Iterator[Workload]:
-    groups = {"groups": 8, "top_groups": 4, "group_score": "top2", "closed": "zero"}
+    groups: dict[str, Any] = {"groups": 8, "top_groups": 4, "group_score": "top2", "closed": "zero"}
     specs: dict[str, tuple[RouteSpec, int, bool]] = {
         "softmax, 8 experts": (RouteSpec(2, renorm="add"), 8, False),
         "softmax, 128 experts": (RouteSpec(8, renorm="add"), 128, False),
@@ -159,7 +158,7 @@ def route_workloads() -> Iterator[Workload]:
             logits, extra = torch.zeros(64, experts, dtype=dtype), torch.zeros(experts) if bias else None
             yield Workload(
                 f"{name}, {dtype}".replace("torch.", ""),
-                lambda logits=logits, extra=extra, spec=spec: route.run(logits, extra, spec),
+                partial(route.run, logits, extra, spec),
             )
 
 
@@ -173,10 +172,10 @@ def rope_workloads() -> Iterator[Workload]:
         dtype: torch.dtype = BF16,
     ) -> Callable[[], Any]:
         q, k = (torch.zeros(1, 16, heads, size, dtype=dtype).transpose(1, 2) for heads in (32, 16))
-        tables = [torch.zeros(1, 16, spec.rotary_dim // (1 if wide else 2), dtype=dtype) for _ in range(2)]
+        cos, sin = (torch.zeros(1, 16, spec.rotary_dim // (1 if wide else 2), dtype=dtype) for _ in range(2))
         weight = torch.ones(size, dtype=dtype)
         before = rope.Norm(1e-6, weight, weight) if norm else None
-        return lambda: rope.run(q, k, *tables, spec, norm=before, in_place=in_place)
+        return lambda: rope.run(q, k, cos, sin, spec, norm=before, in_place=in_place)
 
     interleaved = RopeSpec(128, layout_in="interleaved", layout_out="interleaved")
     yield Workload("half, D 64", make(64, RopeSpec(64)))

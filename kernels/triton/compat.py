@@ -235,7 +235,7 @@ def start(
     """A launch at once. What was compiled for such arguments is found by a short key: at one token, Triton's own way from
     a call to a launch, which looks at every argument again, takes longer than the kernel."""
     written = [args[kernel.arg_names.index(name)] for name in writes]
-    options = (
+    options: dict[str, Any] = (
         {"num_warps": warps} | ({"num_stages": stages} if stages else {}) | ({"launch_pdl": True} if overlap else {})
     )
     if registers and platform(args[0].device) == "xpu":

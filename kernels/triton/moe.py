@@ -58,9 +58,9 @@ def supports(
     checks = (
         (compat.HAVE_TRITON, "Triton is not installed"),
         (compat.platform(x.device) in ("cuda", "xpu"), f"Triton has no {x.device.type} backend here"),
-        (x.dtype in DTYPES, f"rows in {x.dtype}"),
+        (x.dtype in DTYPES, f"rows in {x.dtype}, not float16, bfloat16 or float32"),
         (w1.dtype == w2.dtype == x.dtype, f"weights in {w1.dtype} and {w2.dtype} for rows in {x.dtype}"),
-        ((spec.out_dtype or x.dtype) in DTYPES, f"a result in {spec.out_dtype}"),
+        ((spec.out_dtype or x.dtype) in DTYPES, f"a result in {spec.out_dtype}, not float16, bfloat16 or float32"),
         (ids.dtype in (torch.int32, torch.int64), f"ids in {ids.dtype}"),
         (weights.dtype in DTYPES, f"router weights in {weights.dtype}"),
         (all(b.dtype in DTYPES for b in biases), "biases that are no 16-bit or 32-bit floats"),

@@ -71,10 +71,14 @@ def _facts() -> Mapping[str, Any]:
 @lru_cache(maxsize=256)
 def candidates(name: str, gpu: str) -> Sequence[Candidate]:
     """The tiles of a product, by its key in the file."""
-    return [
-        Candidate(*e["tile"], e["registers"], e["slm"], e[gpu]["dpas"], e[gpu]["instructions"] - e[gpu]["dpas"])
-        for e in _facts().get(name, ())
-    ]
+    return [_candidate(entry, gpu) for entry in _facts().get(name, ())]
+
+
+def _candidate(entry: Mapping[str, Any], gpu: str) -> Candidate:
+    rows, columns, inner, warps = entry["tile"]
+    loop = entry[gpu]
+    others = loop["instructions"] - loop["dpas"]
+    return Candidate(rows, columns, inner, warps, entry["registers"], entry["slm"], loop["dpas"], others)
 
 
 @dataclass(frozen=True)

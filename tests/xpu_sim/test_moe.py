@@ -93,6 +93,12 @@ def test_a_place_for_the_result_must_fit() -> None:
                 moe.run(x, *rest, CASES["silu"].spec, out=out)
 
 
+def test_a_dtype_that_no_kernel_takes_is_an_error_that_says_which_do() -> None:
+    inputs = [t if t is None or not t.is_floating_point() else t.double() for t in make(CASES["gpt_oss"])]
+    with xpu_sim.device("pvc"), pytest.raises(ValueError, match=r"float64, not float16, bfloat16 or float32"):
+        moe.run(*inputs, CASES["gpt_oss"].spec)
+
+
 def test_more_programs_than_one_sorts() -> None:
     many = dataclasses.replace(CASES["silu"], tokens=600, hidden=32, intermediate=32, ids="invalid", bias=torch.float32)
     with xpu_sim.device("generic"), xpu_sim.record() as launches:
