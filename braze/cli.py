@@ -54,6 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     explain.set_defaults(run=_explain)
 
     doctor = commands.add_parser("doctor", help="versions, devices, compilers, and which kernels can run here")
+    doctor.add_argument(
+        "--xpu", action="store_true",
+        help="compile every kernel for Intel GPUs and look for spills and calls in its machine code; none is needed here",
+    )  # fmt: skip
+    doctor.add_argument("--jobs", type=int, default=2, help="with --xpu: compilers at work together (default 2)")
     doctor.set_defaults(run=_doctor)
 
     options = commands.add_parser("options", help="the backend's options, as a Markdown table")
@@ -127,10 +132,16 @@ def _hf_model(args: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[str,
     return model, (torch.randint(text.vocab_size, (1, args.tokens)),), {"use_cache": False}
 
 
-def _doctor(args: argparse.Namespace) -> None:
-    from braze.doctor import table
+def _doctor(args: argparse.Namespace) -> int:
+    from braze.doctor import XpuUnavailable, check_xpu, table
 
-    console.print(table())
+    if not args.xpu:
+        console.print(table())
+        return 0
+    try:
+        return check_xpu(console, args.jobs)
+    except XpuUnavailable as e:
+        raise UsageError(str(e)) from None
 
 
 def _options(args: argparse.Namespace) -> None:

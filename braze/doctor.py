@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from braze.kernels.vendor import providers
@@ -80,3 +82,43 @@ def table() -> Table:
         mark = {True: "[green]ok[/green]", False: "[red]lacks[/red]", None: ""}[check.ok]
         out.add_row(mark, check.what, check.found)
     return out
+
+
+class XpuUnavailable(Exception):
+    """What the check of machine code needs and this machine lacks; the message says how to get it."""
+
+
+def check_xpu(console: Console, jobs: int = 2) -> int:
+    """Compiles every kernel for Intel GPUs, prints its machine code's table and what is wrong; 1 where something is.
+
+    Raises XpuUnavailable, saying what to install, where a package or the offline compiler is absent.
+    """
+    from braze import xpu_sim
+    from braze.xpu_sim.ocloc import ToolsUnavailable, fetch
+
+    lack = xpu_sim.missing()
+    if lack is not None:
+        raise XpuUnavailable(lack)
+    from braze.xpu_sim import machine_code
+    from braze.xpu_sim.workloads import workloads
+
+    try:
+        tools = fetch()
+    except ToolsUnavailable as e:
+        raise XpuUnavailable(f"no recent ocloc here, and it could not be fetched: {e}") from None
+    calls = list(workloads())
+    found = []
+    with Progress(console=console) as progress:
+        task = progress.add_task("machine code", total=None)
+        for cell in machine_code.cells(tools, calls, jobs=jobs):
+            found.append(cell)
+            progress.update(task, advance=1, description=f"{cell.code.device}: {cell.workloads[0].name}")
+    out = Table(*machine_code.COLUMNS, title=f"XPU machine code by ocloc {tools.version}", title_justify="left")
+    for cell in found:
+        out.add_row(*machine_code.row(cell))
+    console.print(out)
+    console.print(machine_code.summary(found), soft_wrap=True)
+    problems = [problem for cell in found for problem in cell.problems()]
+    for problem in problems:
+        console.print(f"[red]{problem}[/red]", soft_wrap=True)
+    return 1 if problems else 0

@@ -254,10 +254,12 @@ def start(
     warps: int,
     stages: int | None = None,
     overlap: bool = False,
+    registers: int = 0,
 ) -> list[torch.Tensor]:
     """A launch (`braze.kernels.triton.compat.Start`) that becomes a node of the graph being traced.
 
-    Inductor then compiles the kernel ahead of time, plans its buffers, and starts it as it does its own.
+    Inductor then compiles the kernel ahead of time, plans its buffers, and starts it as it does its own. It passes no number
+    of registers on: Intel's Triton doubles them where a kernel spills more than 1000 bytes with 128.
     """
     given = dict(zip(kernel.arg_names, args, strict=False))
     boxes = {name: arg for name, arg in given.items() if isinstance(arg, Box)}

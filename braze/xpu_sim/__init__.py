@@ -42,7 +42,7 @@ def require() -> None:
 def device(name: str = "pvc") -> AbstractContextManager[None]:
     """A context in which Triton kernels are compiled for that Intel GPU and run on CPU tensors, without a copy.
 
-    `name` is "pvc" (DPAS, 2D block IO) or "generic" (neither). Raises SimulatorUnavailable where a package is absent;
+    `name` is "pvc" or "bmg" (DPAS, 2D block IO) or "generic" (neither). Raises SimulatorUnavailable where a package is absent;
     ValueError for an unknown name. A launch raises MissingBuiltin for a GPU built-in that is not emulated, SurfaceError
     where a 2D block message breaks a rule of the hardware.
     """

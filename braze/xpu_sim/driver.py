@@ -105,7 +105,10 @@ RECORDS: list[Record] = []
 
 @contextlib.contextmanager
 def record(run: bool) -> Iterator[list[Launch]]:
-    """Collects the launches made inside it, in order; without `run` they are compiled and not executed."""
+    """Collects the launches made inside it, in order; without `run` they are compiled and not executed.
+
+    One that runs knows nothing of launches that another, inside it, kept from running.
+    """
     RECORDS.append(Record([], run))
     try:
         yield RECORDS[-1].launches
@@ -130,13 +133,15 @@ class Launcher:
             return
         if enter is not None:
             enter(launch_metadata)
-        if all(records.run for records in RECORDS):
+        runs = all(records.run for records in RECORDS)
+        if runs:
             self.execute(opencl.load(function.module, function.name), (x, y, z), values)
         if leave is not None:
             leave(launch_metadata)
         for records in RECORDS:
             name, target, module = function.name, function.target, function.module
-            records.launches.append(Launch(name, target, module, self.flags, self.warps, self.shared, (x, y, z)))
+            if runs or not records.run:
+                records.launches.append(Launch(name, target, module, self.flags, self.warps, self.shared, (x, y, z)))
 
     def execute(self, program: opencl.Program, grid: tuple[int, int, int], values: Sequence[Any]) -> None:
         import pyopencl as cl

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import struct
 import tempfile
@@ -69,12 +70,13 @@ def compile_native(tools: Tools, module: bytes, flags: str, device: str) -> Nati
 
     Raises RuntimeError with ocloc's own words where it refuses the module.
     """
-    version = tools.run("ocloc", "--version").stdout
-    key = hashlib.sha256(b"\0".join((module, flags.encode(), device.encode(), version.encode(), CODE_VERSION)))
+    key = hashlib.sha256(b"\0".join((module, flags.encode(), device.encode(), tools.version.encode(), CODE_VERSION)))
     cached = cache_folder() / "native" / f"{key.hexdigest()}.json"
     if not cached.exists():
         cached.parent.mkdir(exist_ok=True)
-        cached.write_text(json.dumps(dataclasses.asdict(build(tools, module, flags, device))))
+        partial = cached.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(dataclasses.asdict(build(tools, module, flags, device))))
+        partial.replace(cached)
     read = json.loads(cached.read_text())
     return NativeCode(**read | {"loops": tuple(Loop(**loop) for loop in read["loops"])})
 

@@ -7,6 +7,7 @@ through the unpacked ld.so with the unpacked libraries.
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -30,6 +31,11 @@ class Tools:
     """Unpacked programs; `run` starts one through the unpacked loader."""
 
     root: Path
+
+    @functools.cached_property
+    def version(self) -> str:
+        """ocloc's, in its own words."""
+        return self.run("ocloc", "--version").stdout.strip()
 
     def program(self, name: str) -> Path:
         return next(self.root.glob(f"usr/bin/{name}*"))
@@ -100,4 +106,4 @@ def check(*command: str, cwd: Path) -> None:
 
 if __name__ == "__main__":
     tools = fetch()
-    print(f"ocloc {tools.run('ocloc', '--version').stdout.strip()} in {tools.root}")
+    print(f"{tools.version} in {tools.root}")

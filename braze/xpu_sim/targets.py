@@ -1,7 +1,8 @@
 """The GPUs a kernel can be compiled for, as the properties that Triton's Intel backend asks of a device.
 
 A target is a set of capabilities, not a driver: DPAS (the matrix engine) and 2D block IO decide which code is made,
-so `generic` (none of them) and `pvc` (all of them) cover both sides of every choice of the compiler.
+so `generic` (none of them) and `pvc` (all of them) cover both sides of every choice of the compiler. `bmg` has those of `pvc`
+and other tiles, since it has fewer cores and less bandwidth.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ TARGETS = {
     target.name: target
     for target in (
         Target("pvc", "Intel(R) Data Center GPU Max 1550", 16, matrix_engine=True, block_io=True),
+        Target("bmg", "Intel(R) Arc(TM) B580 Graphics", 16, matrix_engine=True, block_io=True, cores=20),
         Target("generic", "Intel(R) GPU without matrix engine", 16, matrix_engine=False, block_io=False),
     )
 }

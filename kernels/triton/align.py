@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from braze.kernels.triton.compat import Start
+from braze.kernels.triton.compat import Start, spread
 from braze.kernels.triton.intrinsics import launch_dependents, wait
 
 CHUNK = 256  # rows that a program looks at together
@@ -134,11 +134,11 @@ def align(ids: Tensor, experts: int, tile_rows: int, start: Start, overlap: bool
     table, tiles = start(
         moe_scan, (1,), (ids, counts, table, tiles, rows, experts, parts),
         {"CHUNK": CHUNK, "BINS": bins, "COUNTED": counted, "BM": tile_rows, "OVERLAP": overlap},
-        ["table", "tiles"], warps=8, overlap=overlap and counted,
+        ["table", "tiles"], warps=spread(ids, 16 * bins, 8), overlap=overlap and counted,
     )  # fmt: skip
     _, order, tiles = start(
         moe_place, (programs,), (ids, table, order, tiles, rows, experts, limit),
         {"CHUNK": CHUNK, "BINS": bins, "TILES": TILES, "OVERLAP": overlap},
-        ["table", "order", "tiles"], warps=4, overlap=overlap,
+        ["table", "order", "tiles"], warps=spread(ids, TILES * bins, 4), overlap=overlap,
     )  # fmt: skip
     return Alignment(order, tiles, limit)

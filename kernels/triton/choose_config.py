@@ -14,7 +14,7 @@ from typing import Any
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DIRECT_ROWS = 16  # T*k up to which programs find their rows from the ids alone
-XPU = ("pvc", "bmg", "xpu", "generic")  # tiles whose machine code has no spill on PVC and Battlemage
+XPU = ("pvc", "bmg", "xpu", "generic")
 LARGE = ("h100", "h200", "b200")  # 227 KiB of shared memory, tile copies in hardware
 
 
@@ -22,7 +22,7 @@ LARGE = ("h100", "h200", "b200")  # 227 KiB of shared memory, tile copies in har
 class Tile:
     """One product's tile. columns: of the weight, gate and up together; group: row tiles of an expert that share its weights
     in L2; split: stretches of the inner dimension; programs: for each processor, 0 for one a tile; halves: tiles at most
-    half full have half the rows."""
+    half full have half the rows; registers: of a thread of an XPU, 0 for the compiler's choice."""
 
     columns: int
     inner: int
@@ -33,12 +33,13 @@ class Tile:
     programs: int = 0
     descriptors: bool = False
     halves: bool = False
+    registers: int = 0
 
 
 @dataclass(frozen=True)
 class Config:
     """rows: of both products' tiles; direct: rows are found from the ids, without a sort; permute: x's rows are copied in
-    the order of their experts first, so that tiles of them can be copied by hardware."""
+    the order of their experts first, so that hardware can copy or load tiles of them."""
 
     rows: int
     direct: bool
@@ -57,7 +58,9 @@ class Config:
 @dataclass(frozen=True)
 class Problem:
     """tokens, top_k, experts, hidden, intermediate; gated: two columns of the first weight for each of its result;
-    element: bytes; device: as in the names of the config files; processors: of the device."""
+    element: bytes; device: as in the names of the config files; processors: of the device; layout: of gate and up; reads:
+    how an XPU reads weights, "rows" or "columns" in blocks (whichever the inner dimension is), or by "pointers"; result: bytes
+    of an element of the result."""
 
     tokens: int
     top_k: int
@@ -68,6 +71,9 @@ class Problem:
     element: int
     device: str
     processors: int
+    layout: str = "halves"
+    reads: str = "rows"
+    result: int = 2
 
     @property
     def shape(self) -> str:
@@ -110,12 +116,13 @@ def _choose(problem: Problem, folders: tuple[Path, ...]) -> Config:
 
 def model(p: Problem) -> Config:
     """A config for a problem that nobody measured."""
+    from braze.kernels.triton import xpu_tiles
+
     rows = p.tokens * p.top_k
     each = rows / max(1, min(p.experts, rows))
     direct = rows <= DIRECT_ROWS
-    if p.element == 2 and p.device in XPU:
-        tile = Tile(128, 32, 32, 2) if each > 14 else Tile(128, 64, 8, 2)
-        return Config(64 if each > 14 else 16, direct, tile, tile)
+    if p.device in XPU:
+        return xpu_tiles.choose(p, direct)
     if p.element == 4 or p.device not in LARGE:
         tile = Tile(64, 32, 4, 2) if p.element == 4 else Tile(128, 32, 8, 2) if each > 14 else Tile(64, 64, 4, 2)
         return Config(64 if each > 14 else 16, direct, tile, tile)

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 HAVE_HOST_DESCRIPTORS = HAVE_TRITON and importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
 BLOCK_ALIGNMENT = 64  # bytes
+LAST_WITH_SMALL_AND_LARGE = (3, 5)  # version of Intel's Triton that calls 128 and 256 registers so
 DESCRIPTOR_ALIGNMENT = 16  # bytes, of the base and of every stride but the last
 
 
@@ -145,6 +146,44 @@ def intel_name(name: str) -> str:
     return "bmg" if re.search(r"\bArc\b.*\bB\d{2,3}\b", name) else "xpu"
 
 
+@lru_cache(maxsize=1)
+def triton_version() -> tuple[int, int]:
+    """(major, minor) of the Triton that is installed, by whichever name."""
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+#: Of an XPU's work group, by the registers of a thread: twice as many leave half the threads.
+MAX_WARPS = {128: 64, 256: 32}
+
+
+def xpu_options(warps: int, registers: int, version: tuple[int, int]) -> dict[str, str]:
+    """The launch option that gives each thread of an XPU 128 or 256 registers, as this version of Triton spells it.
+
+    ValueError for another number, or for more warps than a work group can have with so many.
+    """
+    if registers not in MAX_WARPS:
+        raise ValueError(f"an XPU's thread has 128 or 256 registers, not {registers}")
+    if warps > MAX_WARPS[registers]:
+        raise ValueError(f"{warps} warps with {registers} registers a thread: at most {MAX_WARPS[registers]}")
+    old = {128: "small", 256: "large"}
+    return {"grf_mode": old[registers] if version <= LAST_WITH_SMALL_AND_LARGE else str(registers)}
+
+
+LANES = 16  # of an XPU's warp
+HELD = 32  # elements of a kernel's largest tile that each of them holds without a spill
+
+
+def spread(x: Tensor, elements: int, warps: int) -> int:
+    """Warps for a kernel whose largest tile has so many elements of 32 bits: on an XPU more than given where it would spill."""
+    if platform(x.device) != "xpu":
+        return warps
+    needed = -(-elements // (LANES * HELD))
+    return min(32, max(warps, 1 << (needed - 1).bit_length()))
+
+
 def dot_precision(x: Tensor) -> str:
     """How float32 products are made: three tf32 products on an NVIDIA GPU, which keep float32's accuracy."""
     return "tf32x3" if x.dtype == torch.float32 and x.device.type == "cuda" else "ieee"
@@ -164,11 +203,12 @@ class Start(Protocol):
         warps: int,
         stages: int | None = None,
         overlap: bool = False,
+        registers: int = 0,
     ) -> list[Tensor]:
         """Launches kernel[grid](*args, **constants) and returns the arguments named in `writes` as the kernel leaves them.
 
         args: the kernel's arguments ahead of its constexprs, which are `constants`, in the order of its signature.
-        overlap: the launch may begin before its predecessor has ended.
+        overlap: the launch may begin before its predecessor has ended. registers: of each thread of an XPU (`xpu_options`).
         """
         ...
 
@@ -186,21 +226,24 @@ def start(
     warps: int,
     stages: int | None = None,
     overlap: bool = False,
+    registers: int = 0,
 ) -> list[Tensor]:
     """A launch at once."""
-    return launched(kernel, grid, args, constants, writes, warps, stages, overlap)[1]
+    return launched(kernel, grid, args, constants, writes, warps, stages, overlap, registers)[1]
 
 
 def launched(
     kernel: Any, grid: tuple[Any, ...], args: tuple[Any, ...], constants: Mapping[str, Any], writes: Sequence[str],
-    warps: int, stages: int | None, overlap: bool,
+    warps: int, stages: int | None, overlap: bool, registers: int,
 ) -> tuple[Any, list[Tensor]]:  # fmt: skip
     """(the compiled kernel, what it writes) after a launch. What was compiled for such arguments is found by a short key:
     Triton's own way from a call to a launch, which looks at every argument again, takes longer than a token's kernels."""
     written = [args[kernel.arg_names.index(name)] for name in writes]
-    options = (
+    options: dict[str, Any] = (
         {"num_warps": warps} | ({"num_stages": stages} if stages else {}) | ({"launch_pdl": True} if overlap else {})
     )
+    if registers and platform(args[0].device) == "xpu":
+        options |= xpu_options(warps, registers, triton_version())
     key = None
     if args[0].device.type in ("cuda", "xpu"):
         key = (kernel, args[0].device.index, *map(_specialized, args), *constants.values(), *options.values())

@@ -186,10 +186,16 @@ def _tile(
         a_pointer = a + a_index.to(tl.int64)[:, None] * a_row + (k0 + k)[None, :]
         w_first += columns.to(tl.int64) * w_column
         w_block = _block(w_first, inner, columns, w_column, w_inner, k0, n0, BK, COLS, W_ROWS)
+        if A_BLOCK:
+            a_block = tl.make_block_ptr(a, (rows, inner), (a_row, 1), (start, k0), (BM, BK), (1, 0))
         for step in range(steps):
-            a_mask = inside[:, None] if EVEN_K else inside[:, None] & (k0 + step * BK + k < inner)[None, :]
-            x_tile = tl.load(a_pointer, mask=a_mask, other=0.0)
-            a_pointer += BK
+            if A_BLOCK:
+                x_tile = tl.load(a_block, boundary_check=(0, 1), padding_option="zero")
+                a_block = tl.advance(a_block, (0, BK))
+            else:
+                a_mask = inside[:, None] if EVEN_K else inside[:, None] & (k0 + step * BK + k < inner)[None, :]
+                x_tile = tl.load(a_pointer, mask=a_mask, other=0.0)
+                a_pointer += BK
             up_tile = tl.load(w_block, boundary_check=(0, 1), padding_option="zero")
             w_block = tl.advance(w_block, (BK, 0))
             acc_up = tl.dot(x_tile, up_tile, acc_up, input_precision=PRECISION)

@@ -60,9 +60,12 @@ def supports(
     checks: tuple[tuple[bool, Callable[[], str]], ...] = (
         (compat.HAVE_TRITON, lambda: "Triton is not installed"),
         (compat.platform(x.device) in ("cuda", "xpu"), lambda: f"Triton has no {x.device.type} backend here"),
-        (x.dtype in DTYPES, lambda: f"rows in {x.dtype}"),
+        (x.dtype in DTYPES, lambda: f"rows in {x.dtype}, not float16, bfloat16 or float32"),
         (w1.dtype == w2.dtype == x.dtype, lambda: f"weights in {w1.dtype} and {w2.dtype} for rows in {x.dtype}"),
-        ((spec.out_dtype or x.dtype) in DTYPES, lambda: f"a result in {spec.out_dtype}"),
+        (
+            (spec.out_dtype or x.dtype) in DTYPES,
+            lambda: f"a result in {spec.out_dtype}, not float16, bfloat16 or float32",
+        ),
         (ids.dtype in (torch.int32, torch.int64), lambda: f"ids in {ids.dtype}"),
         (weights.dtype in DTYPES, lambda: f"router weights in {weights.dtype}"),
         (all(b.dtype in DTYPES for b in biases), lambda: "biases that are no 16-bit or 32-bit floats"),
@@ -140,6 +143,8 @@ def _result(x: Tensor, ids: Tensor, spec: MoeSpec, combine: bool) -> Tensor:
 def problem(x: Tensor, ids: Tensor, w1: Tensor, w2: Tensor, spec: MoeSpec) -> Problem:
     """What the choice of tiles depends on."""
     hidden = x.shape[1]
+    up, down = (w.transpose(1, 2) if spec.transposed else w for w in (w1, w2))
+    blocks = _takes_block(up, spec.layout) and _takes_block(down, "none")
     return Problem(
         tokens=x.shape[0],
         top_k=ids.shape[1],
@@ -150,7 +155,16 @@ def problem(x: Tensor, ids: Tensor, w1: Tensor, w2: Tensor, spec: MoeSpec) -> Pr
         element=x.element_size(),
         device=compat.device_name(x.device),
         processors=compat.processors(x.device),
+        layout=spec.layout,
+        result=(spec.out_dtype or x.dtype).itemsize,
+        reads=("rows" if up.stride(2) == 1 else "columns") if blocks else "pointers",
     )
+
+
+def _takes_block(w: Tensor, layout: str) -> bool:
+    """Whether an XPU loads blocks of a weight [E, N, K] whose gate and up lie so."""
+    second_half = w.shape[1] // 2 * w.stride(1) if layout == "halves" else 0
+    return compat.takes_block(w if w.stride(2) == 1 else w.transpose(1, 2), second_half)
 
 
 @dataclass(frozen=True)
@@ -294,8 +308,6 @@ def _product(
     stored, box = _stored(p, cols, w_rows)
     w_desc = tile.descriptors and compat.takes_descriptor(stored)
     a_desc = tile.descriptors and not p.gathers and not found.direct and compat.takes_descriptor(p.a)
-    second_half = columns * p.w.stride(1) if p.layout == "halves" else 0
-    w_block = compat.takes_block(p.w if w_rows else p.w.transpose(1, 2), second_half)
     grid = min(units, tile.programs * compat.processors(p.a.device)) if tile.programs else units
     arguments = (
         p.a, p.w, p.bias if p.bias is not None else p.w, weights, p.out, found.ids, found.order, found.tiles,
@@ -329,14 +341,17 @@ def _product(
         "OVERLAP": overlap,
         "FLATTEN": tile.programs > 0 and not tile.halves,
         "A_BLOCK": not p.gathers and not found.direct and compat.takes_block(p.a),
-        "W_BLOCK": w_block,
+        "W_BLOCK": _takes_block(p.w, p.layout),
         "HALVES": tile.halves and not found.direct,
         "SUM": p.arrivals is not None,
     }
     kernel = activation.bind(moe_gemm, function) if p.first else moe_gemm
     overlap = overlap and not (p.first and found.direct)
     writes = ["out"] + ["arrivals"] * (p.arrivals is not None) + ["result"] * (p.result is not None)
-    return start(kernel, (grid,), arguments, constants, writes, warps=tile.warps, stages=tile.stages, overlap=overlap)
+    return start(
+        kernel, (grid,), arguments, constants, writes,
+        warps=tile.warps, stages=tile.stages, overlap=overlap, registers=tile.registers,
+    )  # fmt: skip
 
 
 def _permute(x: Tensor, found: Rows, start: Start, overlap: bool) -> Tensor:
@@ -351,7 +366,9 @@ def _permute(x: Tensor, found: Rows, start: Start, overlap: bool) -> Tensor:
     grid = (triton.cdiv(rows, 4), triton.cdiv(hidden, block))
     constants = {"TOP_K": found.ids.shape[1], "BR": 4, "BH": block, "OVERLAP": overlap}
     arguments = (x, copy, found.order, rows, hidden, x.stride(0))
-    return start(moe_permute, grid, arguments, constants, ["copy"], warps=4, overlap=overlap)[0]
+    return start(
+        moe_permute, grid, arguments, constants, ["copy"], warps=compat.spread(x, 4 * block, 4), overlap=overlap
+    )[0]
 
 
 def _stored(p: Product, cols: int, w_rows: bool) -> tuple[Tensor, tuple[int, ...]]:
@@ -379,7 +396,7 @@ def _combine(y: Tensor, out: Tensor, top_k: int, start: Start, overlap: bool) ->
         (y, out, hidden, y.stride(0)),
         constants,
         ["out"],
-        warps=max(1, block // 256),
+        warps=compat.spread(y, 4 * block, max(1, block // 256)),
         overlap=overlap,
     )
     return out

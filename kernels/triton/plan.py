@@ -91,9 +91,9 @@ class Recorder:
 
     def __call__(
         self, kernel: Any, grid: tuple[Any, ...], args: tuple[Any, ...], constants: Mapping[str, Any], writes: Sequence[str],
-        *, warps: int, stages: int | None = None, overlap: bool = False,
+        *, warps: int, stages: int | None = None, overlap: bool = False, registers: int = 0,
     ) -> list[Tensor]:  # fmt: skip
-        compiled, written = compat.launched(kernel, grid, args, constants, writes, warps, stages, overlap)
+        compiled, written = compat.launched(kernel, grid, args, constants, writes, warps, stages, overlap, registers)
         self.alive.append(args)
         arguments = list(args)
         places = []

@@ -188,5 +188,6 @@ def launch(logits: Tensor, bias: Tensor | None, spec: RouteSpec, start: Start = 
         "CHOSEN": _power(spec.top_k + spec.shared),
     }
     grid = ((rows + tokens - 1) // tokens,)
-    weights, ids = start(route_kernel, grid, arguments, constants, ["weights", "ids"], warps=WARPS)
+    warps = compat.spread(x, 2 * tokens * wide * size, WARPS)  # choices have 64 bits
+    weights, ids = start(route_kernel, grid, arguments, constants, ["weights", "ids"], warps=warps)
     return weights.reshape(*lead, weights.shape[1]), ids.reshape(*lead, ids.shape[1])

@@ -59,7 +59,7 @@ def compose(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec, provider: str) 
     rows = [t.expand(*_one_head(x.shape, axis), t.shape[-1]).movedim(axis, -2) for t in (cos, sin)]
     c, s = (t.reshape(-1, t.shape[-1]) for t in rows)
     flat = tokens.reshape(-1, *tokens.shape[-2:])
-    rotated = torch.ops.braze.vendor_rope(
+    rotated: Tensor = torch.ops.braze.vendor_rope(
         flat.contiguous(), c.contiguous(), (-s if spec.inverse else s).contiguous(), spec.layout_in == "interleaved",
         provider=provider,
     )  # fmt: skip

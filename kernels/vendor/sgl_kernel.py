@@ -127,6 +127,7 @@ def route_refusal(logits: Tensor, bias: Tensor | None, spec: RouteSpec) -> str |
     if not detect.runs_on(found, logits.device):
         return f"{op.full_name} has no {logits.device.type} kernel"
     experts, k = logits.shape[-1], spec.top_k
+    checks: tuple[tuple[bool, str], ...]
     if op is FUSED_GATE:
         checks = (
             (logits.dtype == torch.float32, f"logits in {logits.dtype}, to which scores are rounded, not float32"),

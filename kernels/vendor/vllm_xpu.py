@@ -113,7 +113,7 @@ def route_refusal(logits: Tensor, bias: Tensor | None, spec: RouteSpec) -> str |
         return str(found)
     experts, dtype = logits.shape[-1], logits.dtype
     rounds = "to which scores are rounded, not float32"
-    checks = (
+    checks: tuple[tuple[bool, str], ...] = (
         (detect.runs_on(found, logits.device), f"{op.full_name} has no {logits.device.type} kernel"),
         (dtype in ROUTER_DTYPES, f"logits in {dtype}"),
         (spec.scoring == "softmax" or dtype == torch.float32, f"logits in {dtype}, {rounds}"),

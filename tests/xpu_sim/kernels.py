@@ -116,3 +116,31 @@ def matmul(
             accumulator = tl.dot(x, y, accumulator, input_precision=PRECISION)
         at = row[:, None] * N + column
         tl.store(c + at, accumulator.to(c.dtype.element_ty), mask=(row < M)[:, None] & (column < N))
+
+
+@triton.jit
+def accumulate(index, value, total, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    bucket = tl.load(index + at, mask=inside, other=0)
+    tl.atomic_add(total + bucket, tl.load(value + at, mask=inside, other=0), mask=inside)
+
+
+@triton.jit
+def bitwise(x, either, both, odd, last, n, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    inside = at < n
+    value = tl.load(x + at, mask=inside, other=0)
+    zero = tl.zeros_like(at)
+    tl.atomic_or(either + zero, value, mask=inside)
+    tl.atomic_and(both + zero, value, mask=inside)
+    tl.atomic_xor(odd + zero, value, mask=inside)
+    tl.atomic_xchg(last, 77)
+
+
+@triton.jit
+def sorted_and_flipped(x, rising, flipped, rows: tl.constexpr, columns: tl.constexpr):
+    at = tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
+    value = tl.load(x + at)
+    tl.store(rising + at, tl.sort(value, 1))
+    tl.store(flipped + at, tl.flip(value, 1))

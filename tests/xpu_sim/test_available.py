@@ -14,7 +14,7 @@ def test_installed() -> None:
 
 
 def test_unknown_target_lists_the_known() -> None:
-    with pytest.raises(ValueError, match=r"one of pvc, generic"):
+    with pytest.raises(ValueError, match=r"one of pvc, bmg, generic"):
         xpu_sim.device("cuda")
 
 

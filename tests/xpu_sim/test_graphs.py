@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from braze import xpu_sim
+from braze.xpu_sim import spirv
 from tests import tiny
+from tests.harness import assert_close
 
 TARGETS = ["pvc", "generic"]
 
@@ -77,3 +79,23 @@ def test_model_compiled_by_braze(family: str, target: str) -> None:
     assert names >= KERNELS[family]
     assert any(name.startswith("triton_") for name in names)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("mixtral", torch.bfloat16), ("gpt_oss", torch.float32)], ids=str)
+def test_a_token_after_those_in_the_cache(family: str, dtype: torch.dtype) -> None:
+    """Decode: one token, few rows, found by their ids; in bfloat16 the products use the matrix engine inside the graph."""
+    model, tokens = tiny.build(family).to(dtype), tiny.tokens(1, 9)
+    options = {"require": ["rope", "moe"], "strict": True}
+    with torch.no_grad():
+        exact = tiny.as_float64(model)(tokens, use_cache=False).logits[:, -1:]
+        cache = model(tokens[:, :-1], use_cache=True).past_key_values
+        with xpu_sim.compiled_graphs("pvc"), xpu_sim.record() as launches:
+            compiled = torch.compile(model, backend="braze", options=options, dynamic=False)
+            output = compiled(tokens[:, -1:], past_key_values=cache, use_cache=True).logits
+    products = [launch for launch in launches if launch.kernel == "moe_gemm"]
+    assert len(products) == 4 and "moe_place" not in {launch.kernel for launch in launches}
+    if dtype == torch.bfloat16:
+        imported = [{one.name for one in spirv.imports(launch.module)} for launch in products]
+        assert all(any("matrix_mad" in name for name in names) for names in imported)
+        assert all(any("2d_block_read" in name for name in names) for names in imported)
+    assert_close(output, exact, 2e-2 if dtype == torch.bfloat16 else 1e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import triton
@@ -93,6 +95,38 @@ def test_atomic_extremes_and_exchange(target: str) -> None:
     assert (least.item(), most.item(), swapped.item()) == (x.min().item(), x.max().item(), 9)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, torch.float64], ids=str)
+def test_atomic_sums_of_each_type(target: str, dtype: torch.dtype) -> None:
+    n = 300
+    index, value = torch.randint(0, 7, (n,)), (torch.randn(n) * 100).to(dtype)
+    value = value * 2**40 if dtype == torch.int64 else value
+    total = torch.zeros(7, dtype=dtype)
+    with xpu_sim.device(target):
+        kernels.accumulate[grid(n, 128)](index, value, total, n, BLOCK=128)
+    exact = torch.zeros(7, dtype=torch.float64 if dtype.is_floating_point else torch.int64)
+    exact.index_add_(0, index, value.to(exact.dtype))
+    torch.testing.assert_close(total.to(exact.dtype), exact, rtol=1e-5, atol=1e-3 if dtype.is_floating_point else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_atomic_bits(target: str, dtype: torch.dtype) -> None:
+    x = torch.randint(0, 2**30, (100,), dtype=dtype)
+    either, both, odd, last = (torch.tensor([v], dtype=dtype) for v in (0, -1, 0, 0))
+    with xpu_sim.device(target):
+        kernels.bitwise[(1,)](x, either, both, odd, last, 100, BLOCK=128)
+    for got, combine in ((either, int.__or__), (both, int.__and__), (odd, int.__xor__)):
+        assert got.item() == functools.reduce(combine, x.tolist())
+    assert last.item() == 77
+
+
+def test_exchange_between_lanes(target: str) -> None:
+    x = torch.randn(4, 64)
+    rising, flipped = torch.full((4, 64), NAN), torch.full((4, 64), NAN)
+    with xpu_sim.device(target):
+        kernels.sorted_and_flipped[(1,)](x, rising, flipped, 4, 64)
+    assert torch.equal(rising, x.sort(1).values) and torch.equal(flipped, x.flip(1))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_transpose_through_shared_memory(target: str, dtype: torch.dtype) -> None:
     x = torch.randn(50, 70).to(dtype)
@@ -113,6 +147,9 @@ def test_transpose_through_shared_memory(target: str, dtype: torch.dtype) -> Non
         (torch.float16, torch.float8_e5m2),
         (torch.float8_e5m2, torch.float16),
         (torch.float8_e4m3fn, torch.bfloat16),
+        (torch.float8_e5m2, torch.float32),
+        (torch.float8_e4m3fn, torch.float32),
+        (torch.bfloat16, torch.float8_e4m3fn),
         (torch.float32, torch.int8),
     ],
     ids=str,

@@ -78,8 +78,9 @@ def test_tf32(target: str) -> None:
 def test_int8_is_exact(target: str) -> None:
     a, b = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((32, 64), (64, 64)))
     c = torch.zeros(32, 64, dtype=torch.int32)
-    multiply(target, a, b, c, BLOCKS=True)
+    compiled = multiply(target, a, b, c, BLOCKS=True)
     assert torch.equal(c.long(), a.long() @ b.long())
+    assert bool(re.search("2d_block_read.*_8b_", compiled.asm["llir"])) == (target == "pvc")
 
 
 def test_surface_rule_of_the_hardware_is_an_error() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from braze import xpu_sim
 from braze.kernels.triton import moe
-from braze.kernels.triton.choose_config import Config, Tile
+from braze.kernels.triton.choose_config import Config, Problem, Tile, choose_config
 from tests.test_triton_moe import CASES, STAGES, Case, compare, compare_stages, make
 
 TARGETS = ["pvc", "generic"]
@@ -42,6 +42,36 @@ def test_rows_found_without_a_sort(target: str, name: str) -> None:
     assert "moe_place" not in {launch.kernel for launch in launches}
 
 
+COPIED = ["silu", "gpt_oss", "llama4", "on_input", "none", "odd", "invalid", "fp16", "many"]
+
+
+@pytest.mark.parametrize(("target", "name"), [*(("pvc", name) for name in COPIED), ("generic", "silu")])
+def test_rows_copied_in_the_order_of_the_sort(target: str, name: str) -> None:
+    """Then both products read their rows in blocks, where the rows' length allows it."""
+    with xpu_sim.device(target), xpu_sim.record() as launches:
+        compare(CASES[name], dataclasses.replace(narrow(False), permute=True))
+    assert [launch.kernel for launch in launches].count("moe_permute") == 2
+
+
+#: shape -> (what is shipped for it: sizes, tokens, GPU)
+SHIPPED = {
+    "mixtral, 1 token": (Problem(1, 2, 8, 4096, 14336, True, 2, "pvc", 64), 3),
+    "gpt_oss, 8192 tokens": (Problem(8192, 4, 32, 2880, 2880, True, 2, "pvc", 64, "interleaved", "columns"), 150),
+    "qwen3, 512 tokens": (Problem(512, 8, 128, 2048, 768, True, 2, "bmg", 20), 60),
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_tiles_as_they_are_shipped(name: str) -> None:
+    """On fewer and smaller experts, which the CPU can multiply."""
+    p, tokens = SHIPPED[name]
+    spec = CASES["gpt_oss" if p.layout == "interleaved" else "silu"].spec
+    case = Case(tokens, 2, 2, 128, 128, spec, bias=torch.bfloat16)
+    with xpu_sim.device(p.device), xpu_sim.record() as launches:
+        compare(case, choose_config(p, []))
+    assert {launch.target for launch in launches} == {p.device}
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_split_of_the_inner_dimension(target: str) -> None:
     with xpu_sim.device(target):
@@ -61,6 +91,12 @@ def test_a_place_for_the_result_must_fit() -> None:
         for out in (x[1:], x.float(), torch.empty(64, 5, dtype=x.dtype).T):
             with pytest.raises(ValueError, match=r"contiguous tensor \(5, 64\) of torch.bfloat16"):
                 moe.run(x, *rest, CASES["silu"].spec, out=out)
+
+
+def test_a_dtype_that_no_kernel_takes_is_an_error_that_says_which_do() -> None:
+    inputs = [t if t is None or not t.is_floating_point() else t.double() for t in make(CASES["gpt_oss"])]
+    with xpu_sim.device("pvc"), pytest.raises(ValueError, match=r"float64, not float16, bfloat16 or float32"):
+        moe.run(*inputs, CASES["gpt_oss"].spec)
 
 
 def test_more_programs_than_one_sorts() -> None:
