@@ -24,14 +24,14 @@ def moe_gemm(
     a, w, bias, weight, out, ids, order, tiles, arrivals, result, a_desc, a_half, w_desc,
     rows, columns, inner, experts, limit, span, scale,
     a_row, w_expert, w_column, w_inner, bias_expert, out_row, out_split,
-    TOP_K: tl.constexpr, GATHER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     SPLIT: tl.constexpr, SLOTS: tl.constexpr, LAYOUT: tl.constexpr,
     FIRST: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     A_DESC: tl.constexpr, W_DESC: tl.constexpr, W_ROWS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
     FLATTEN: tl.constexpr, A_BLOCK: tl.constexpr, W_BLOCK: tl.constexpr, HALVES: tl.constexpr,
     SUM: tl.constexpr,
 ):  # fmt: skip
-    """FIRST: of the two products. GATHER: a is x, read at row // TOP_K; otherwise a's rows are in this call's order of rows.
+    """FIRST: a is x, read at row // TOP_K; otherwise a is the first product's result, in this call's order of rows.
 
     columns: of `out`; LAYOUT: of gate and up among w's columns, "none" where there is no gate; SLOTS: 0 for tiles from the
     list, otherwise a power of two >= rows. The inner dimension is cut in SPLIT stretches of `span`, each with a result of
@@ -46,7 +46,7 @@ def moe_gemm(
     if OVERLAP:
         launch_dependents()
         if (not FIRST and SLOTS > 0) and W_ROWS:
-            prefetch_weights(w, ids, rows, columns, inner, experts, span, w_expert, w_column, blocks, BN, SPLIT)
+            prefetch_weights(w, ids, columns, inner, experts, span, w_expert, w_column, blocks, BN, SPLIT)
         if not FIRST or SLOTS == 0:
             wait()
     if SUM and FIRST:  # noqa: SIM102
@@ -66,7 +66,7 @@ def moe_gemm(
                     a, w, bias, weight, out, order, a_half, w_desc, expert, own, start, height, block,
                     rows, columns, inner, experts, span, scale,
                     a_row, w_expert, w_column, w_inner, bias_expert, out_row, out_split,
-                    TOP_K, GATHER, BM // 2, BN, BK, SPLIT, SLOTS > 0, LAYOUT, FIRST, BIAS, WEIGHT, EVEN_N, EVEN_K,
+                    TOP_K, BM // 2, BN, BK, SPLIT, SLOTS > 0, LAYOUT, FIRST, BIAS, WEIGHT, EVEN_N, EVEN_K,
                     A_DESC, W_DESC, W_ROWS, PRECISION, A_BLOCK, W_BLOCK,
                 )  # fmt: skip
             else:
@@ -74,7 +74,7 @@ def moe_gemm(
                     a, w, bias, weight, out, order, a_desc, w_desc, expert, own, start, height, block,
                     rows, columns, inner, experts, span, scale,
                     a_row, w_expert, w_column, w_inner, bias_expert, out_row, out_split,
-                    TOP_K, GATHER, BM, BN, BK, SPLIT, SLOTS > 0, LAYOUT, FIRST, BIAS, WEIGHT, EVEN_N, EVEN_K,
+                    TOP_K, BM, BN, BK, SPLIT, SLOTS > 0, LAYOUT, FIRST, BIAS, WEIGHT, EVEN_N, EVEN_K,
                     A_DESC, W_DESC, W_ROWS, PRECISION, A_BLOCK, W_BLOCK,
                 )  # fmt: skip
         else:
@@ -82,7 +82,7 @@ def moe_gemm(
                 a, w, bias, weight, out, order, a_desc, w_desc, expert, own, start, height, block,
                 rows, columns, inner, experts, span, scale,
                 a_row, w_expert, w_column, w_inner, bias_expert, out_row, out_split,
-                TOP_K, GATHER, BM, BN, BK, SPLIT, SLOTS > 0, LAYOUT, FIRST, BIAS, WEIGHT, EVEN_N, EVEN_K,
+                TOP_K, BM, BN, BK, SPLIT, SLOTS > 0, LAYOUT, FIRST, BIAS, WEIGHT, EVEN_N, EVEN_K,
                 A_DESC, W_DESC, W_ROWS, PRECISION, A_BLOCK, W_BLOCK,
             )  # fmt: skip
 
@@ -99,7 +99,7 @@ def _tile(
     a, w, bias, weight, out, order, a_desc, w_desc, expert, own, start, height, block,
     rows, columns, inner, experts, span, scale,
     a_row, w_expert, w_column, w_inner, bias_expert, out_row, out_split,
-    TOP_K: tl.constexpr, GATHER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+    TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     DIRECT: tl.constexpr, LAYOUT: tl.constexpr, FIRST: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, A_DESC: tl.constexpr, W_DESC: tl.constexpr, W_ROWS: tl.constexpr,
     PRECISION: tl.constexpr, A_BLOCK: tl.constexpr, W_BLOCK: tl.constexpr,
@@ -135,7 +135,7 @@ def _tile(
         column = n0 + j
         column_fits = column < columns
     k = tl.arange(0, BK)
-    a_index = row // TOP_K if GATHER else position
+    a_index = row // TOP_K if FIRST else position
     a_pointer = a + a_index.to(tl.int64)[:, None] * a_row + (k0 + k)[None, :]
     w_pointer = w + e * w_expert + column.to(tl.int64)[None, :] * w_column
     w_pointer += (k0 + k).to(tl.int64)[:, None] * w_inner
@@ -281,22 +281,6 @@ def _sum_by_last(
                 part = y + s * y_split + j * y_row + n
                 total += tl.load(part, mask=n < columns, other=0.0, cache_modifier=".cg").to(tl.float32)
         tl.store(result + n, total.to(result.dtype.element_ty), mask=n < columns)
-
-
-@triton.jit
-def moe_permute(
-    x, copy, order, rows, hidden, x_row, TOP_K: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr, OVERLAP: tl.constexpr
-):
-    """copy[i] = x[order[i] // TOP_K]."""
-    if OVERLAP:
-        launch_dependents()
-        wait()
-    i = tl.program_id(0) * BR + tl.arange(0, BR)
-    h = tl.program_id(1) * BH + tl.arange(0, BH)
-    row = tl.load(order + i, mask=i < rows, other=0) // TOP_K
-    mask = (i < rows)[:, None] & (h < hidden)[None, :]
-    value = tl.load(x + row.to(tl.int64)[:, None] * x_row + h[None, :], mask=mask)
-    tl.store(copy + i.to(tl.int64)[:, None] * hidden + h[None, :], value, mask=mask)
 
 
 @triton.jit

@@ -177,7 +177,6 @@ class Product:
     layout: str
     scale: float
     tile: Tile
-    gathers: bool = False  # a's rows lie in the order of tokens
     arrivals: Tensor | None = (
         None  # where a token's parts are counted: set to 0 by the first product, used by the second
     )
@@ -220,7 +219,7 @@ def launch(
 
     split = config.second.split
     # One token's parts are summed by the program that finishes the last of them: a launch less.
-    counted = tokens == 1 < k and combine and found.direct and hidden <= ARRIVALS * config.second.columns
+    counted = tokens == 1 < k * split and combine and found.direct and hidden <= ARRIVALS * config.second.columns
     sums = counted and compat.platform(x.device) == "cuda"
     arrivals = x.new_empty(ARRIVALS, dtype=torch.int32) if sums else None
     h, arrivals = _activations(x, up, b1, found, weights, spec, config, hooks, arrivals, start, overlap)
@@ -246,9 +245,7 @@ def _activations(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The first product and the activation [T*k, I], in the order of the call's rows; and `arrivals`, set to 0."""
     rows, columns = found.ids.numel(), up.shape[1]
-    gathers = found.direct or not config.permute
-    a = x if gathers else _permute(x, found, start, overlap)
-    first = Product(a, up, bias, x, True, spec.weight_on == "input", spec.layout, 1.0, config.first, gathers)
+    first = Product(x, up, bias, x, True, spec.weight_on == "input", spec.layout, 1.0, config.first)
     if hooks.gate_up is None:
         first = replace(first, out=x.new_empty(1, rows, columns if spec.layout == "none" else columns // 2))
         first = replace(first, arrivals=arrivals)
@@ -293,7 +290,7 @@ def _product(
     w_rows = p.w.stride(2) == 1
     stored, box = _stored(p, cols, w_rows)
     w_desc = tile.descriptors and compat.takes_descriptor(stored)
-    a_desc = tile.descriptors and not p.gathers and not found.direct and compat.takes_descriptor(p.a)
+    a_desc = tile.descriptors and not p.first and not found.direct and compat.takes_descriptor(p.a)
     second_half = columns * p.w.stride(1) if p.layout == "halves" else 0
     w_block = compat.takes_block(p.w if w_rows else p.w.transpose(1, 2), second_half)
     grid = min(units, tile.programs * compat.processors(p.a.device)) if tile.programs else units
@@ -309,7 +306,6 @@ def _product(
     )  # fmt: skip
     constants = {
         "TOP_K": found.ids.shape[1],
-        "GATHER": p.gathers,
         "BM": config.rows,
         "BN": tile.columns,
         "BK": tile.inner,
@@ -328,30 +324,17 @@ def _product(
         "PRECISION": compat.dot_precision(p.a),
         "OVERLAP": overlap,
         "FLATTEN": tile.programs > 0 and not tile.halves,
-        "A_BLOCK": not p.gathers and not found.direct and compat.takes_block(p.a),
+        "A_BLOCK": not p.first and not found.direct and compat.takes_block(p.a),
         "W_BLOCK": w_block,
         "HALVES": tile.halves and not found.direct,
         "SUM": p.arrivals is not None,
     }
     kernel = activation.bind(moe_gemm, function) if p.first else moe_gemm
+    # A direct first product that began before its predecessor ends would let the second's prefetches in among what that still
+    # reads: 2 to 8 % more time on an H100.
     overlap = overlap and not (p.first and found.direct)
     writes = ["out"] + ["arrivals"] * (p.arrivals is not None) + ["result"] * (p.result is not None)
     return start(kernel, (grid,), arguments, constants, writes, warps=tile.warps, stages=tile.stages, overlap=overlap)
-
-
-def _permute(x: Tensor, found: Rows, start: Start, overlap: bool) -> Tensor:
-    """x's rows in the order of the call's rows [T*k, H]."""
-    import triton
-
-    from braze.kernels.triton.gemm import moe_permute
-
-    rows, hidden = found.order.numel(), x.shape[1]
-    copy = x.new_empty(rows, hidden)
-    block = min(1024, triton.next_power_of_2(hidden))
-    grid = (triton.cdiv(rows, 4), triton.cdiv(hidden, block))
-    constants = {"TOP_K": found.ids.shape[1], "BR": 4, "BH": block, "OVERLAP": overlap}
-    arguments = (x, copy, found.order, rows, hidden, x.stride(0))
-    return start(moe_permute, grid, arguments, constants, ["copy"], warps=4, overlap=overlap)[0]
 
 
 def _stored(p: Product, cols: int, w_rows: bool) -> tuple[Tensor, tuple[int, ...]]:
