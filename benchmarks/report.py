@@ -168,6 +168,25 @@ def peers(cells: Rows) -> str:
     )
 
 
+def untuned(cells: Rows) -> str:
+    """Tiles that the model of their cost chooses beside tuned ones."""
+    rows = [
+        (c["shape"], c["tokens"], c["tuned"], c["untuned"], f"{c['tuned'] / c['untuned']:.2f}", c["model"])
+        for c in cells
+    ]
+    header = ("experts", "tokens", "tuned us", "model's us", "tuned / model's", "the model's tiles")
+    return "\n".join(
+        (
+            "## Untuned shapes on an H100\n",
+            "`benchmarks/moe.py --untuned`: what a shape that nobody tuned would get, the shipped ones as examples; replays of",
+            "the two in turn.\n",
+            f"- tuned against the model's: {mean([c['tuned'] / c['untuned'] for c in cells])}\n",
+            table(header, rows),
+            "",
+        )
+    )
+
+
 def layers(cells: Rows) -> str:
     """Whole expert layers on a GPU beside the better of the stock forms."""
     ours = [c for c in cells if c["provider"] == "braze"]
@@ -217,6 +236,7 @@ def compile_time(cells: Rows) -> str:
 #: File of benchmarks/results, without .json -> its section.
 SECTIONS: Mapping[str, Callable[[Any], str]] = {
     "moe_h100": peers,
+    "untuned_h100": untuned,
     "layers_h100": layers,
     "rope_h100": rope,
     "rope_cpu": rope_cpu,

@@ -203,6 +203,7 @@ def test_one_token_is_summed_by_the_last_to_finish(ids: str) -> None:
     for split in (1, 2):
         case = Case(tokens=1, top_k=6, hidden=320, intermediate=160, bias=torch.float32, ids=ids)
         compare(case, config(True, split=split))
+        compare(dataclasses.replace(case, top_k=1), config(True, split=split))
 
 
 @needs_device

@@ -137,6 +137,9 @@ def model(p: Problem) -> Config:
     if each <= 100:
         tile = Tile(128, 64, 4, 4, descriptors=True)
         return Config(64, False, tile, tile)
+    if each <= 300:
+        wide = Tile(256, 64, 8, 4, group=16, descriptors=True, halves=True)
+        return Config(128, False, wide, Tile(128, 64, 4, 3, group=16, descriptors=True, halves=True))
     first = Tile(256, 64, 8, 4, group=16, programs=1, descriptors=True)
     return Config(128, False, first, Tile(256, 64, 8, 3, group=16, descriptors=True))
 
@@ -145,5 +148,6 @@ def _streaming(p: Problem, active: int) -> tuple[Tile, Tile]:
     """Tiles for a few rows of `active` experts: enough programs that every processor reads weights from the start."""
     columns = p.intermediate * (2 if p.gated else 1)
     width = 64 if active * columns // 64 >= 1.5 * p.processors else 32
-    split = 2 if active * p.hidden // 64 < 3 * p.processors and p.intermediate >= 512 else 1
-    return Tile(width, 128, 4, 3, group=1), Tile(64, 128, 4, 4, group=1, split=split)
+    split = 2 if active * p.hidden // 64 < 1.5 * p.processors and p.intermediate >= 512 else 1
+    second = (64, 128, 4, 4) if p.intermediate % (256 * split) else (64, 256, 4, 3)
+    return Tile(width, 128, 4, 4 if width == 32 else 3, group=1), Tile(*second, group=1, split=split)

@@ -46,7 +46,7 @@ def moe_gemm(
     if OVERLAP:
         launch_dependents()
         if (not FIRST and SLOTS > 0) and W_ROWS:
-            prefetch_weights(w, ids, rows, columns, inner, experts, span, w_expert, w_column, blocks, BN, SPLIT)
+            prefetch_weights(w, ids, columns, inner, experts, span, w_expert, w_column, blocks, BN, SPLIT)
         if not FIRST or SLOTS == 0:
             wait()
     if SUM and FIRST:  # noqa: SIM102

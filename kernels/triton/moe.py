@@ -234,7 +234,7 @@ def launch(
 
     split = config.second.split
     # One token's parts are summed by the program that finishes the last of them: a launch less.
-    counted = tokens == 1 < k and combine and found.direct and hidden <= ARRIVALS * config.second.columns
+    counted = tokens == 1 < k * split and combine and found.direct and hidden <= ARRIVALS * config.second.columns
     sums = counted and compat.platform(x.device) == "cuda"
     arrivals = x.new_empty(ARRIVALS, dtype=torch.int32) if sums else None
     h, arrivals = _activations(x, up, b1, found, weights, spec, config, hooks, arrivals, start, overlap)
@@ -346,6 +346,8 @@ def _product(
         "SUM": p.arrivals is not None,
     }
     kernel = activation.bind(moe_gemm, function) if p.first else moe_gemm
+    # A direct first product that began before its predecessor ends would let the second's prefetches in among what that still
+    # reads: 2 to 8 % more time on an H100.
     overlap = overlap and not (p.first and found.direct)
     writes = ["out"] + ["arrivals"] * (p.arrivals is not None) + ["result"] * (p.result is not None)
     return start(

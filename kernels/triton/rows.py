@@ -50,7 +50,8 @@ def listed(tiles, unit, blocks, limit, GROUP: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def prefetch_weights(
-    w, ids, rows, columns, inner, experts, span, w_expert, w_column, blocks, BN: tl.constexpr, SPLIT: tl.constexpr,
+    w, ids, columns, inner, experts, span, w_expert, w_column, blocks,
+    BN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Brings the first PREFETCH elements of each weight row of a direct second product's first tile into L2."""
     unit = tl.program_id(0)
