@@ -11,6 +11,7 @@ brackets: the copy's time over the provider's, and stock's time over the provide
 """
 
 import argparse
+import ctypes
 import json
 import statistics
 import time
@@ -324,6 +325,13 @@ def tune(variants: list[Variant], console: Console) -> None:
     console.print(table)
 
 
+def _keep_memory() -> None:
+    """Memory that was freed is used again: whether a call has page faults would else depend on what ran before."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    for setting, value in ((-4, 0), (-1, 2**30)) if mallopt else ():  # glibc's M_MMAP_MAX, M_TRIM_THRESHOLD
+        mallopt(setting, value)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats")
@@ -340,6 +348,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)  # else a busy machine's other work decides
+        _keep_memory()
     console = Console(width=200)
     heads = (32, 8) if device == "cuda" else (16, 4)
     sizes = ([1, 4096] if options.quick else [1, 16, 256, 4096, 32768]) if device == "cuda" else [1, 1024]

@@ -44,8 +44,9 @@ ROPE_SCHEMA = (
     "str layout_out='half', bool inverse=False, ScalarType? out_dtype=None) -> Tensor"
 )
 NORM_ROPE_SCHEMA = (
-    "(Tensor x, Tensor cos, Tensor sin, Tensor? weight=None, *, int axis, float? eps=None, bool add_one=False, "
-    "int rotary_dim, int start=0, str layout_in='half', str layout_out='half', bool inverse=False) -> Tensor"
+    "(Tensor x, Tensor cos, Tensor sin, Tensor? weight=None, *, int axis, bool turned=False, float? eps=None, "
+    "bool add_one=False, int rotary_dim, int start=0, str layout_in='half', str layout_out='half', "
+    "bool inverse=False) -> Tensor"
 )
 NORM_SCHEMA = "(Tensor x, Tensor? weight=None, *, float eps, bool add_one=False, ScalarType? out_dtype=None) -> Tensor"
 ROUTE_SCHEMA = (
@@ -254,18 +255,24 @@ def _norm(x: Tensor, weight: Tensor | None = None, **attributes: Any) -> Tensor:
 
 
 @torch.library.register_fake("braze::norm_rope")
-def _norm_rope_fake(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, **attributes: Any) -> Tensor:
-    return x.new_empty(x.shape)
+def _norm_rope_fake(
+    x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, *, axis: int, turned: bool = False,
+    **attributes: Any,
+) -> Tensor:  # fmt: skip
+    token = 2 * x.ndim - 5 - axis
+    return x.new_empty(x.transpose(axis, token).shape).transpose(axis, token) if turned else x.new_empty(x.shape)
 
 
 @torch.library.impl("braze::norm_rope", "CompositeExplicitAutograd")
 def _norm_rope(
-    x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, *, axis: int, eps: float | None = None,
-    add_one: bool = False, **attributes: Any,
+    x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, *, axis: int, turned: bool = False,
+    eps: float | None = None, add_one: bool = False, **attributes: Any,
 ) -> Tensor:  # fmt: skip
-    """What the rotation turns is normed first where there is an epsilon; axis: the dimension of x that counts heads."""
+    """What the rotation turns is normed first where there is an epsilon. axis: the dimension of x that counts heads; turned:
+    the result lies in memory with heads and tokens the other way round."""
     wide = x if eps is None else aten.rms_norm(x, weight, NormSpec(eps, add_one, torch.float32))
-    return aten.rope(wide, cos, sin, RopeSpec(**attributes, out_dtype=x.dtype))
+    out, token = aten.rope(wide, cos, sin, RopeSpec(**attributes, out_dtype=x.dtype)), 2 * x.ndim - 5 - axis
+    return out.transpose(axis, token).contiguous().transpose(axis, token) if turned else out
 
 
 @torch.library.register_fake("braze::route")

@@ -22,6 +22,8 @@ def refusal(turn: Turn, asked_for: bool) -> str | None:
     size = turn.x.meta["val"].numel()
     if isinstance(size, int) and size < rope.WORTH and not asked_for:
         return "so few tokens are turned before a call has begun"
+    if turn.spec.layout_in == turn.spec.layout_out == "half" and turn.norm is None and not asked_for:
+        return "loops over halves are as fast"
     x, cos, sin = as_kernels_see(turn)
     weight = turn.weights[0].meta["val"] if turn.weights else None
     return rope.supports(x, cos, sin, turn.spec, weight)
@@ -37,7 +39,7 @@ def apply(turn: Turn) -> None:
         new = call.graph.call_function(
             torch.ops.braze.norm_rope.default,
             (turn.x, *turn.tables, turn.weights[0] if turn.weights else None),
-            {**attributes, "axis": turn.axis},
+            {**attributes, "axis": turn.axis, "turned": _is_turned(call.meta["val"], turn.axis)},
         )
     new.meta = {**call.meta}
     new.meta.pop("eager_input_vals", None)
@@ -48,8 +50,8 @@ def apply(turn: Turn) -> None:
 
 
 def lower(
-    x: Any, cos: Any, sin: Any, weight: Any = None, *, axis: int, eps: float | None = None, add_one: bool = False,
-    **attributes: Any,
+    x: Any, cos: Any, sin: Any, weight: Any = None, *, axis: int, turned: bool = False, eps: float | None = None,
+    add_one: bool = False, **attributes: Any,
 ) -> Any:  # fmt: skip
     """`braze::norm_rope` as the call."""
     spec, norm = RopeSpec(**attributes), None if eps is None else NormSpec(eps, add_one)
@@ -70,7 +72,7 @@ def lower(
         ]
         return (*at, lie.stride(len(lie.shape) - 1)), lie.dtype
 
-    out = _dense(size, _order(inductor.current_call().meta["val"], axis, token))
+    out = _dense(size, _order(rank, axis, token if turned else axis))
 
     def numbers(lies: Sequence[Any]) -> Sequence[Any]:
         return rope.numbers(
@@ -83,15 +85,19 @@ def lower(
     return inductor.cpp_call(size, x.get_dtype(), tensors, source, numbers, rope.ARGUMENTS, out)
 
 
-def _order(val: Tensor, a: int, b: int) -> list[int]:
-    """The dimensions as the graph's own result lies in memory: row-major, or with a and b the other way round."""
-    plain = list(range(val.ndim))
-    other = [{a: b, b: a}.get(d, d) for d in plain]
-    for order in (plain, other):
-        wanted = zip(val.shape, val.stride(), _dense(val.shape, order), strict=True)
-        if all(statically_known_true(n == 1) or statically_known_true(s == w) for n, s, w in wanted):
-            return order
-    return plain
+def _is_turned(val: Tensor, axis: int) -> bool:
+    """Whether the graph's own result lies in memory with heads and tokens the other way round, and not row-major."""
+    token = 2 * val.ndim - 5 - axis
+    fits = []
+    for other in (axis, token):
+        wanted = zip(val.shape, val.stride(), _dense(val.shape, _order(val.ndim, axis, other)), strict=True)
+        fits.append(all(statically_known_true(n == 1) or statically_known_true(s == w) for n, s, w in wanted))
+    return fits == [False, True]
+
+
+def _order(rank: int, a: int, b: int) -> list[int]:
+    """The dimensions as they lie: row-major, but a and b the other way round."""
+    return [{a: b, b: a}.get(d, d) for d in range(rank)]
 
 
 def _dense(size: Sequence[Any], order: Sequence[int]) -> list[Any]:

@@ -102,7 +102,7 @@ def cache_write(call: fx.Node, axis: int) -> CacheWrite | str | None:
         node = user
     write = next((u for u in node.users if u.target in (aten.index_put.default, aten.slice_scatter.default)), None)
     if write is None or node not in (write.args[1], write.args[2] if len(write.args) > 2 else None):
-        grows = any(u.target is aten.cat.default for u in node.users)
+        grows = any(u.target is aten.cat.default and _along_tokens(u) for u in node.users)
         return "the cache is a new tensor, what it held is copied with it" if grows else None
     if len(node.users) > 1:
         return "what goes into the cache is used elsewhere too"
@@ -121,6 +121,12 @@ def cache_write(call: fx.Node, axis: int) -> CacheWrite | str | None:
     if held.dtype != call.meta["val"].dtype or held.storage_offset() != cache.meta["val"].storage_offset():
         return "the cache has another dtype, or is a part of a tensor"
     return CacheWrite(target, cache, strides, held.shape[dim], first, index, index_strides)
+
+
+def _along_tokens(cat: fx.Node) -> bool:
+    """Whether a concatenation is of rows, and not of the parts of heads."""
+    dim = cat.args[1] if len(cat.args) > 1 else 0
+    return isinstance(dim, int) and dim % cat.meta["val"].ndim != cat.meta["val"].ndim - 1
 
 
 def _is_copy(node: fx.Node, user: fx.Node) -> bool:

@@ -32,10 +32,11 @@ def into_a_cache(x: Tensor, table: Tensor, rows: Tensor) -> Tensor:
     return cache.index_copy(2, rows, half(x, cos, sin))
 
 
+_SHAPES = "must match the size|Mismatching argument|broadcast"  # eager's words, or those of its shape inference
 X, TABLE = torch.randn(1, 2, S, D), torch.randn(8, 2 * D)
 BAD: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...], str]] = {
-    "rotary size larger than the head": (half, (X, torch.randn(S, 24), torch.randn(S, 24)), "must match the size"),
-    "tables of too few tokens": (half, (X, torch.randn(S - 1, D), torch.randn(S - 1, D)), "must match the size"),
+    "rotary size larger than the head": (half, (X, torch.randn(S, 24), torch.randn(S, 24)), _SHAPES),
+    "tables of too few tokens": (half, (X, torch.randn(S - 1, D), torch.randn(S - 1, D)), _SHAPES),
     "positions beyond the table": (of_positions, (X, TABLE, torch.tensor([0, 1, 2, 3, 8])), "out of (bounds|range)"),
     "rows beyond the cache": (into_a_cache, (X, TABLE, torch.tensor([0, 1, 2, 3, 8])), "out of (bounds|range)"),
 }
@@ -57,7 +58,7 @@ def test_an_odd_rotary_size_stays_as_it_is() -> None:
     torch._dynamo.reset()
     with torch.no_grad(), collect() as reports:
         got = torch.compile(lambda *a: half(*a), backend="braze", options={"strict": True})(*args)
-    assert reports[0].sites == []
+    assert list(reports[0].sites) == []
     torch.testing.assert_close(got, half(*args), rtol=1e-6, atol=1e-6)
 
 

@@ -132,3 +132,20 @@ def test_one_kernel_with_neighbours_on_both_sides(layout: Any) -> None:
     assert metrics.generated_kernel_count == 1
     expected = reference.rope(x.double() + bias, cos.double(), sin.double(), spec)
     assert (got.double() - expected).abs().max() <= 2e-3 * expected.abs().max()
+
+
+def test_the_write_into_a_cache_fuses_by_itself() -> None:
+    """In loops a rotation is what is written: no buffer between."""
+    spec = RopeSpec(64)
+    x, cos, sin = inputs((1, 2, 5, 64), 64, torch.float32)
+    cache, rows = torch.zeros(1, 2, 9, 64), torch.tensor([3, 1, 8, 0, 5])
+
+    def block(x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, rows: Tensor) -> None:
+        cache.index_copy_(2, rows, rope(x, cos, sin, spec))
+
+    torch._dynamo.reset()
+    metrics.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        torch.compile(block, dynamic=False)(x, cos, sin, cache, rows)
+    assert metrics.generated_kernel_count == 1
+    check(cache[:, :, rows], x, cos, sin, spec)

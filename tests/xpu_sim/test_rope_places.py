@@ -11,6 +11,7 @@ from torch import Tensor
 
 from braze import xpu_sim
 from braze.backend import collect
+from tests import rope_models, tiny
 
 B, S, ROOM, D, HIDDEN = 2, 3, 8, 32, 48
 HEADS, GROUPS = 3, 2
@@ -152,3 +153,26 @@ def test_k_goes_straight_into_its_cache(name: str) -> None:
     names, words = run(graph, (*make(batch, tokens), torch.randn(shape), index))
     assert names.count("rope_kernel") == 1 and len(names) <= 3, names
     assert words.count("q in place, k straight into its cache") == 2, words
+
+
+def test_a_models_static_cache() -> None:
+    """transformers' own: one launch a layer, and no other kernel that writes k."""
+    transformers = pytest.importorskip("transformers")
+    model, ids = rope_models.build("qwen3"), tiny.tokens()[:, :5]
+    config = model.config
+
+    def cache(dtype: torch.dtype) -> Any:
+        made = transformers.StaticCache(config=config, max_cache_len=16)
+        made.early_initialization(ids.shape[0], config.num_key_value_heads, config.head_dim, dtype, ids.device)
+        return made
+
+    exact_cache, own = cache(torch.float64), cache(torch.float32)
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        exact = tiny.as_float64(model)(ids, past_key_values=exact_cache).logits
+        torch._dynamo.reset()
+        with xpu_sim.compiled_graphs("pvc"), xpu_sim.record() as launches, collect() as reports:
+            got = torch.compile(model, backend="braze", dynamic=False)(ids, past_key_values=own).logits
+    assert [x.kernel for x in launches if "rope" in x.kernel] == ["rope_kernel"]
+    assert all("k straight into its cache" in s.why for s in reports[0].sites), reports[0].sites
+    torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(own.layers[0].keys.double(), exact_cache.layers[0].keys, rtol=1e-4, atol=1e-5)
