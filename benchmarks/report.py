@@ -159,16 +159,25 @@ def layers(cells: Rows) -> str:
 def compile_time(cells: Rows) -> str:
     """What the passes add to a first call."""
     rows = [
-        (c["model"], c["layers"], c["nodes"], c["sites"], f"{c['stock']:.1f}", f"{c['passes']:.2f}", f"{c['share']:.1%}")
+        (
+            c["model"],
+            c["layers"],
+            c["nodes"],
+            c["sites"],
+            f"{c['stock']:.1f}",
+            f"{c['passes']:.2f}",
+            f"{c['share']:.1%}",
+        )
         for c in cells
     ]
     deep = [c for c in cells if c["layers"] == max(d["layers"] for d in cells)]
+    shares = ", ".join(f"{c['share']:.1%} ({c['model']})" for c in deep)
     return "\n".join(
         (
             "## Compile time\n",
-            "`benchmarks/compile_time.py`: the passes' seconds beside stock `torch.compile`'s first call, in one run, caches off,",
-            "on two cores that other work shared.\n",
-            f"- {deep[0]['layers']} layers: {', '.join(f'{c["share"]:.1%} ({c["model"]})' for c in deep)}\n",
+            "`benchmarks/compile_time.py`: the passes' seconds beside stock `torch.compile`'s first call, in one run, caches",
+            "off, on two cores that other work shared.\n",
+            f"- {deep[0]['layers']} layers: {shares}\n",
             table(("model", "layers", "nodes", "sites", "stock s", "passes s", "passes / stock"), rows),
             "",
         )
