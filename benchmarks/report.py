@@ -220,13 +220,13 @@ def compile_time(cells: Rows) -> str:
         for c in cells
     ]
     deep = [c for c in cells if c["layers"] == max(d["layers"] for d in cells)]
-    shares = [f"{c['share']:.1%} ({c['model']})" for c in deep]
+    shares = ", ".join(f"{c['share']:.1%} ({c['model']})" for c in deep)
     return "\n".join(
         (
             "## Compile time\n",
             "`benchmarks/compile_time.py`: the passes' seconds beside stock `torch.compile`'s first call, in one run, caches",
             "off, on two cores that other work shared.\n",
-            f"- {deep[0]['layers']} layers: {', '.join(shares)}\n",
+            f"- {deep[0]['layers']} layers: {shares}\n",
             table(("model", "layers", "nodes", "sites", "stock s", "passes s", "passes / stock"), rows),
             "",
         )

@@ -82,10 +82,10 @@ def _combines(node: fx.Node, pair: Pair, left: bool, ev: Elements) -> bool:
 
 def output_of(node: fx.Node, ev: Elements) -> fx.Node:
     """A sum of rows as a matrix, with casts and a constant factor after it."""
-    return _with_tail(_as_rows(node, ev))
+    return _with_tail(as_rows(node, ev))
 
 
-def _as_rows(node: fx.Node, ev: Elements) -> fx.Node:
+def as_rows(node: fx.Node, ev: Elements) -> fx.Node:
     """The first matrix that views make of a sum; where there is none, the last tensor with one row a token."""
     hidden = max(ev.shape(node)[-2:])
     found = node

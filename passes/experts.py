@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from braze.kernels.spec import MoeSpec, WeightOn
-from braze.passes import capacity, products, rows, separate, unrolled
+from braze.passes import capacity, normed, products, rows, separate, unrolled
 from braze.passes.between import Between, between, linear_in
 from braze.passes.chosen import sparse
 from braze.passes.combine import Term, check_private, inner, one_atom, output_of, root_of, scale_of, terms_of
@@ -44,7 +44,7 @@ def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[MoeSite], list[NearMiss]]:
         if pair is None or pair.first in seconds:  # a block after a block, joined by the residual stream
             continue
         try:
-            sites.append(capacity.site(pair, ev) or _site(pair, ev))
+            sites.append(capacity.site(pair, ev) or normed.site(pair, ev) or _site(pair, ev))
         except (NoExperts, separate.NotStored, Unknown, TooLarge) as e:
             if _looks_like_experts(pair, ev):
                 misses.append(NearMiss("moe", node.name, "find", str(e), source_line([node])))

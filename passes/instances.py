@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from braze.passes import separate
 from braze.passes.elements import Sizes
+from braze.passes.normed import SORTED
 from braze.passes.signs import nonnegative
 from braze.passes.sites import MoeSite
 from braze.passes.small import CannotShrink
@@ -39,6 +40,7 @@ def instances(site: MoeSite, sizes: Sizes) -> Iterator[dict[fx.Node, Tensor]]:
     for lean in (0.0, 1.0, 10.0):  # from an even choice to one that is the same for all
         liking = torch.rand((few, experts), generator=rng) - lean * torch.arange(experts) / experts
         ids = liking.argsort(1, descending=True)[:, :slots]
+        ids = ids.sort(0).values if site.dispatch == SORTED else ids
         values = {n: _free(n, _shape(n, sizes, tokens, few), rng) for n in site.given}
         yield _seen_from_views(
             site,

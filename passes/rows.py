@@ -103,10 +103,16 @@ def _pick(node: fx.Node, idx: Position, ev: Elements) -> Source | None:
 
 def input_of(pair: Pair, at: Sequence[Position], shape: tuple[int, int], ev: Elements) -> tuple[fx.Node, Source | None]:
     """(x, the element of the weight on it if there is one) behind the rows of the first products. at: an element of each."""
-    found = {_input_of(f, pair.first_left, idx, shape, ev) for f, idx in zip(pair.firsts, at, strict=True)}
-    if len(found) != 1:
+    firsts = list(zip(pair.firsts, at, strict=True))
+    found = {_input_of(f, pair.first_left, idx, shape, ev) for f, idx in firsts}
+    if len(found) == 1:
+        return found.pop()
+    starts = [products.input_element(f, idx, 0, pair.first_left) for f, idx in firsts]
+    nodes = [[n for n, idx in matrices(s, shape, ev) if idx[-1] == 0] for s in starts]
+    both = [n for n in nodes[0] if all(n in others for others in nodes)]  # casts of one tensor, for instance
+    if not both:
         raise NoExperts("gate and up are products of different rows")
-    return found.pop()
+    return both[0], None
 
 
 def _input_of(
