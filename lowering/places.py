@@ -171,15 +171,15 @@ def _same(a: Any, b: Any) -> bool:
 
 def _rows(write: fx.Node) -> tuple[int, int, fx.Node | None] | str:
     """(dimension of the cache that counts rows, first row, index of rows)"""
-    rank = write.args[0].meta["val"].ndim  # type: ignore[union-attr]
+    args: Any = write.args
     if write.target is aten.slice_scatter.default:
-        dim, start, _, step = (*write.args[2:], *(0, 0, None, 1)[len(write.args) - 2 :])
+        dim, start, _, step = (*args[2:], *(0, 0, None, 1)[len(args) - 2 :])
         dim, start = write.kwargs.get("dim", dim), write.kwargs.get("start", start)
         if not isinstance(start, int | None) or (start or 0) < 0 or write.kwargs.get("step", step) != 1:
             return "the first row is no number known when it is compiled"
-        return int(dim) % rank, start or 0, None  # type: ignore[call-overload]
-    given = {d: n for d, n in enumerate(write.args[1]) if n is not None}  # type: ignore[arg-type]
-    if len(given) != 1 or (write.args[3:] + (write.kwargs.get("accumulate", False),))[0]:
+        return dim % args[0].meta["val"].ndim, start or 0, None
+    given = {d: n for d, n in enumerate(args[1]) if n is not None}
+    if len(given) != 1 or (*args[3:], write.kwargs.get("accumulate", False))[0]:
         return "rows are told by several indices, or added"
     ((dim, index),) = given.items()
     val = index.meta["val"]

@@ -36,8 +36,11 @@ def known_rows(x: Tensor, a: Tensor, cache: Tensor, rows: Tensor) -> Any:
 
 def flat(x: Tensor, a: Tensor, cache: Tensor, rows: Tensor) -> Any:
     """A row for each token of the batch; x is [B, S, H, D]."""
-    k = half(x.transpose(1, 2), a[:, None]).reshape(B * S, H, D)
-    cache.view(-1, H, D)[rows.repeat(B)] = k
+    c, s = (t.repeat(1, 2)[:, None] for t in (a.cos(), a.sin()))
+    x = x.transpose(1, 2)
+    first, second = x.chunk(2, -1)
+    k = x * c + torch.cat((-second, first), -1) * s
+    cache.view(-1, H, D)[rows.repeat(B)] = k.reshape(B * S, H, D)
     return cache.sum()
 
 
@@ -56,7 +59,7 @@ def paired_indices(x: Tensor, a: Tensor, cache: Tensor, rows: Tensor) -> Any:
 
 
 def added(x: Tensor, a: Tensor, cache: Tensor, rows: Tensor) -> Any:
-    cache.index_put_((torch.arange(B),), half(x, a), accumulate=True)
+    torch.ops.aten.index_put_(cache, [None, None, rows], half(x, a), True)
 
 
 def own_cache(x: Tensor, a: Tensor, cache: Tensor, rows: Tensor) -> Any:
@@ -68,7 +71,7 @@ def not_updated(x: Tensor, a: Tensor, cache: Tensor, rows: Tensor) -> Any:
 
 
 def half_of_it(x: Tensor, a: Tensor, cache: Tensor, rows: Tensor) -> Any:
-    cache.view(2, B, H // 1, ROOM // 2, D)[1][:, :, :S] = half(x, a)
+    cache[1:, :, :S] = half(x, a)[1:]
 
 
 def other_dimension(x: Tensor, a: Tensor, cache: Tensor, rows: Tensor) -> Any:
@@ -90,7 +93,7 @@ DOES_NOT: dict[str, tuple[Callable[..., Any], str]] = {
     "added": (added, "several indices, or added"),
     "no input": (own_cache, "no input of the graph"),
     "no update": (not_updated, "no input that the graph updates"),
-    "a part of a tensor": (half_of_it, "in another shape|no input|part"),
+    "a part of a tensor": (half_of_it, "part|dimensions are not"),
     "heads are told": (other_dimension, "several indices|dimensions are not|another shape|no input"),
 }
 

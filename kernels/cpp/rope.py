@@ -109,16 +109,10 @@ def run(
     if kernel is None:
         raise RuntimeError(reason)
     out = torch.empty(x.shape, dtype=x.dtype)
-    cos_lie, sin_lie = (
-        ((0 if t.shape[0] == 1 else t.stride(0), t.stride(1), t.stride(2)), t.dtype) for t in (cos, sin)
-    )
+    lies = [((0 if t.shape[0] == 1 else t.stride(0), t.stride(1), t.stride(2)), t.dtype) for t in (cos, sin)]
     batch, heads, tokens, size = x.shape
-    strides = [(t.stride(0), t.stride(2), t.stride(1)) for t in (out, x)]
-    kernel(
-        out, x, cos, sin, x if weight is None else weight.contiguous(),
-        *numbers(
-            (batch, tokens, heads, size), *strides, cos_lie, sin_lie, cos.shape[-1] == spec.rotary_dim, spec, norm,
-            None if weight is None else weight.dtype,
-        ),
-    )  # fmt: skip
+    to, from_ = ((t.stride(0), t.stride(2), t.stride(1)) for t in (out, x))
+    wide, dtype = cos.shape[-1] == spec.rotary_dim, None if weight is None else weight.dtype
+    numbers_ = numbers((batch, tokens, heads, size), to, from_, lies[0], lies[1], wide, spec, norm, dtype)
+    kernel(out, x, cos, sin, x if weight is None else weight.contiguous(), *numbers_)
     return out
