@@ -227,7 +227,7 @@ def moe_gemm(
         if not FIRST:
             if WEIGHT:
                 y = y * factor
-            y = y * scale
+            y = y * scale.to(tl.float32)  # inside a graph a number comes as float64
             if SLOTS > 0:
                 y = tl.where(there, y, 0.0)
         target = out + (block % SPLIT).to(tl.int64) * out_split
