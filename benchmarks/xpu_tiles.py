@@ -89,13 +89,11 @@ def candidates(form: Form) -> Iterator[Config]:
 
 @dataclass(frozen=True)
 class Variant:
-    """What changes a product's code outside of its loop: bias, the side of the router's weight, sizes, dtype and split."""
+    """What changes a product's code apart from its form: bias, the side of the router's weight, sizes that tiles divide."""
 
     bias: torch.dtype | None = torch.bfloat16
     weight_on: WeightOn = "output"
     even: bool = True
-    half: torch.dtype = torch.bfloat16
-    split: int = 1
 
 
 VARIANTS = (
@@ -103,9 +101,7 @@ VARIANTS = (
     Variant(bias=None),
     Variant(bias=torch.float32, weight_on="input"),
     Variant(bias=None, weight_on="input"),
-    Variant(bias=torch.float32, half=torch.float16),
     Variant(even=False),
-    Variant(bias=None, split=4),
 )
 
 
@@ -114,7 +110,7 @@ def launch(form: Form, config: Config, name: str, variant: Variant = VARIANTS[0]
     odd = 1 if form.reads == "pointers" and form.dtype == torch.bfloat16 else 0 if variant.even else 16
     hidden, inner, experts = 1024 + odd, 512 + odd, 4
     tokens = 4 if config.direct else 64
-    dtype = form.dtype if form.dtype == torch.float32 else variant.half
+    dtype = form.dtype
     w1, w2 = torch.empty(experts, 2 * inner, hidden, dtype=dtype), torch.empty(experts, hidden, inner, dtype=dtype)
     transposed = form.reads == "columns"
     if transposed:
@@ -125,8 +121,6 @@ def launch(form: Form, config: Config, name: str, variant: Variant = VARIANTS[0]
     x, ids = torch.empty(tokens, hidden, dtype=dtype), torch.zeros(tokens, 2, dtype=torch.int64)
     result = None if name.startswith("first") else torch.float32 if "/32/" in name[9:] else dtype
     spec = MoeSpec(LAYOUTS[form.layout], form.layout, transposed, variant.weight_on, out_dtype=result)
-    if "/32/" in name[9:]:
-        config = replace(config, second=replace(config.second, split=variant.split))
     with xpu_sim.device("pvc"), xpu_sim.record(run=False) as made:
         moe.launch(x, ids, torch.empty(tokens, 2), w1, w2, *biases, spec, config)
     return [one for one in made if one.kernel == "moe_gemm"][0 if name.startswith("first") else 1]
@@ -183,16 +177,18 @@ def holds(job: tuple[str, Form, Config]) -> bool:
     name, form, config = job
     tools = ocloc.fetch()
     flags = LARGE if config.first.registers else ""
-    try:
-        made = [launch(form, alone(config, name), name, variant) for variant in VARIANTS]
-    except OutOfResources:
-        return False
-    codes = [native.compile_native(tools, one.module, flags, device) for one in made for device in DEVICES]
-    small = (
-        [native.compile_native(tools, one.module, "", device) for one in made for device in DEVICES] if flags else codes
-    )
-    rebuilt = all(code.spill == 0 or code.spill > REBUILT for code in small)  # or it would stay so inside a graph
-    return rebuilt and not any(code.problems() for code in codes)
+    for variant in VARIANTS:
+        try:
+            made = launch(form, alone(config, name), name, variant)
+        except OutOfResources:
+            return False
+        for device in DEVICES:
+            if native.compile_native(tools, made.module, flags, device).problems():
+                return False
+            # With few spilled bytes it would stay as it is inside a graph, which can't ask for registers.
+            if flags and 0 < native.compile_native(tools, made.module, "", device).spill <= REBUILT:
+                return False
+    return True
 
 
 Kept = dict[str, dict[str, dict[str, Any]]]
@@ -209,15 +205,17 @@ def write(kept: Kept, tried: int) -> None:
 
 
 def problems() -> Iterator[Problem]:
-    """The models' shapes in every form, few tokens and many."""
-    for case, tokens, gpu, layout, reads in itertools.product(
-        MODELS.values(), TOKENS, DEVICES, LAYOUTS, ("rows", "columns")
-    ):
+    """The models' shapes, few tokens and many; the other forms and dtypes at a size of their own."""
+    for case, tokens, gpu in itertools.product(MODELS.values(), TOKENS, DEVICES):
+        reads = "columns" if case.spec.transposed else "rows"
         sizes = (tokens, case.top_k, case.experts, case.hidden, case.intermediate)
-        yield Problem(*sizes, True, 2, gpu, 64, layout, reads)
-    for element, tokens, gpu, layout, result in itertools.product((2, 4), (1, 64, 4096), DEVICES, LAYOUTS, (2, 4)):
-        yield Problem(tokens, 2, 8, 1024, 512, True, element, gpu, 64, layout, "pointers", result)
-        yield Problem(tokens, 2, 8, 4096, 4096, True, element, gpu, 64, layout, "rows", result)
+        yield Problem(*sizes, True, 2, gpu, 64, case.spec.layout, reads)
+    for tokens, gpu, layout, reads in itertools.product((1, 64, 4096), DEVICES, LAYOUTS, ("rows", "columns")):
+        for result in (2, 4):
+            yield Problem(tokens, 4, 32, 4096, 4096, True, 2, gpu, 64, layout, reads, result)
+    for element, tokens, layout in itertools.product((2, 4), (1, 4096), LAYOUTS):
+        for result in (2, 4):
+            yield Problem(tokens, 2, 8, 1024, 1024, True, element, "bmg", 20, layout, "pointers", result)
 
 
 def chosen() -> set[tuple[str, str]]:
@@ -259,22 +257,40 @@ def refine(kept: Kept, tried: int, pool: Any) -> Kept:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
+    parser.add_argument(
+        "--refine", action="store_true", help="only drop, of the tiles in the file, those that spill somewhere"
+    )
     options = parser.parse_args()
     ocloc.fetch()
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        kept, tried = read() if options.refine else sweep(pool)
+        print(f"{sum(map(len, kept.values()))} of {tried} tiles without a spill on {' and '.join(DEVICES)}", flush=True)
+        write(kept, tried)
+        write(refine(kept, tried, pool), tried)
+
+
+def sweep(pool: Any) -> tuple[Kept, int]:
+    """All candidates that spill in no form, and how many were tried."""
     jobs = [(form, config) for form in forms() for config in candidates(form)]
     kept: Kept = {}
     tried: set[tuple[str, str]] = set()
-    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        for n, ((_, config), found) in enumerate(zip(jobs, pool.imap(measure, jobs, chunksize=4), strict=True)):
-            for name, entry in found:
-                tried.add((name, tile_key(config.rows, config.first)))
-                if entry is not None:
-                    kept.setdefault(name, {})[tile_key(config.rows, config.first)] = entry
-            if n % 20 == 0:
-                print(f"{n} of {len(jobs)}", flush=True)
-        print(f"{sum(map(len, kept.values()))} of {len(tried)} tiles without a spill on {' and '.join(DEVICES)}")
-        write(kept, len(tried))
-        write(refine(kept, len(tried), pool), len(tried))
+    for n, ((_, config), found) in enumerate(zip(jobs, pool.imap(measure, jobs, chunksize=4), strict=True)):
+        for name, entry in found:
+            tried.add((name, tile_key(config.rows, config.first)))
+            if entry is not None:
+                kept.setdefault(name, {})[tile_key(config.rows, config.first)] = entry
+        if n % 20 == 0:
+            print(f"{n} of {len(jobs)}", flush=True)
+    return kept, len(tried)
+
+
+def read() -> tuple[Kept, int]:
+    """What the file has."""
+    found = json.loads(FILE.read_text())
+    tiles = {name: entries for name, entries in found.items() if isinstance(entries, list)}
+    return {name: {"{}x{}x{} {}".format(*e["tile"]): e for e in entries} for name, entries in tiles.items()}, found[
+        "tried"
+    ]
 
 
 if __name__ == "__main__":

@@ -114,9 +114,9 @@ if HAVE_TRITON:
         weight = tl.where(used, _scores(picked, peak, total, SCORING), 0.0)
         if RENORM != "no":
             norm = tl.sum(weight, 1)[:, None]
-            weight /= norm + eps if RENORM == "add" else tl.maximum(norm, eps)
+            weight /= norm + eps.to(tl.float32) if RENORM == "add" else tl.maximum(norm, eps.to(tl.float32))
         out = row.to(tl.int64) * (TOP_K + SHARED) + column
-        tl.store(weights + out, (weight * scale).to(weights.dtype.element_ty), mask=used)
+        tl.store(weights + out, (weight * scale.to(tl.float32)).to(weights.dtype.element_ty), mask=used)
         out = row.to(tl.int64) * TOP_K + column
         tl.store(ids + out, chosen.to(ids.dtype.element_ty), mask=inside & (column < TOP_K))
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from braze import xpu_sim
+from braze.kernels import reference
+from braze.kernels.spec import MoeSpec
+from braze.kernels.triton import moe
+from braze.kernels.triton.choose_config import Config, Tile
+from braze.lowering import inductor
+from braze.lowering.lower import lower
 from braze.xpu_sim import spirv
 from tests import tiny
 from tests.harness import assert_close
+from tests.test_triton_moe import CASES, make
 
 TARGETS = ["pvc", "generic"]
 
@@ -99,3 +108,27 @@ def test_a_token_after_those_in_the_cache(family: str, dtype: torch.dtype) -> No
         assert all(any("matrix_mad" in name for name in names) for names in imported)
         assert all(any("2d_block_read" in name for name in names) for names in imported)
     assert_close(output, exact, 2e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_rows_copied_inside_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for many tokens: the copy is a launch of the graph too, and a number of registers is left to the compiler."""
+    tile = Tile(32, 32, 4, 2, group=2, registers=256)
+    monkeypatch.setattr(moe, "choose_config", lambda problem: Config(16, False, tile, tile, copied=True))
+    x, ids, weights, w1, w2, *_ = make(CASES["silu"])
+
+    def transform(graph: torch.fx.Graph) -> None:
+        calls = graph.find_nodes(op="call_function", target=torch.ops.braze.moe.default)
+        assert lower(calls, {})[0][0] == "triton"
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        return inductor.compile_graph(gm, inputs, transform, "test", {"force_disable_caches": True})
+
+    def layer(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return torch.ops.braze.moe(x * 2, ids, weights, w1, w2) + 1  # type: ignore[no-any-return]
+
+    with torch.no_grad(), xpu_sim.compiled_graphs("pvc"), xpu_sim.record() as launches:
+        got = torch.compile(layer, backend=backend, dynamic=False)(x, weights)
+    want = reference.moe(2 * x.double(), ids, weights.double(), w1.double(), w2.double(), None, None, MoeSpec()) + 1
+    assert [launch.kernel for launch in launches if "moe_g" in launch.kernel] == ["moe_gather", "moe_gemm", "moe_gemm"]
+    assert not any("GRF" in launch.flags for launch in launches)
+    assert_close(got, want, 1e-2)
