@@ -130,7 +130,9 @@ def _along_tokens(cat: fx.Node) -> bool:
 
 
 def _is_copy(node: fx.Node, user: fx.Node) -> bool:
-    """Whether `user` is node's value in the place of another tensor of its shape and dtype."""
+    """Whether `user` is node's value laid out anew, or in the place of another tensor of its shape and dtype."""
+    if user.target is aten.clone.default:
+        return True
     if user.target is not aten.copy.default or user.args[1] is not node:
         return False
     a, b = node.meta["val"], user.meta["val"]
@@ -173,9 +175,10 @@ def _rows(write: fx.Node) -> tuple[int, int, fx.Node | None] | str:
     """(dimension of the cache that counts rows, first row, index of rows)"""
     args: Any = write.args
     if write.target is aten.slice_scatter.default:
-        dim, start, _, step = (*args[2:], *(0, 0, None, 1)[len(args) - 2 :])
-        dim, start = write.kwargs.get("dim", dim), write.kwargs.get("start", start)
-        if not isinstance(start, int | None) or (start or 0) < 0 or write.kwargs.get("step", step) != 1:
+        named = ("dim", "start", "end", "step")
+        given: dict[Any, Any] = {"dim": 0, "step": 1, **dict(zip(named, args[2:], strict=False)), **write.kwargs}
+        dim, start = given["dim"], given.get("start")
+        if not isinstance(start, int | None) or (start or 0) < 0 or given["step"] != 1:
             return "the first row is no number known when it is compiled"
         return dim % args[0].meta["val"].ndim, start or 0, None
     given = {d: n for d, n in enumerate(args[1]) if n is not None}
