@@ -59,11 +59,11 @@ def fuse(
     return apply if target is None else apply(target)
 
 
-def _within(settings: dict[str, bool], call: Any) -> Callable[..., Any]:
+def _within(settings: dict[str, Any], call: Any) -> Callable[..., Any]:
     """`call` under settings of torch._dynamo, which are as they were outside of it."""
 
     def compiled(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(**settings):
+        with torch._dynamo.config.patch(settings):
             return call(*args, **kwargs)
 
     return compiled

@@ -120,7 +120,7 @@ def _unfused(made: Unlooped) -> str | None:
     return "; ".join(m.reason for m in result.near_misses) or "nothing came close"
 
 
-def capture_settings(model: nn.Module) -> dict[str, bool]:
+def capture_settings(model: nn.Module) -> dict[str, Any]:
     """Settings of torch._dynamo.config under which a graph holds what `model` reads from tensors: rows split by numbers
     read with tolist(), a product for each part. Only while such a model is called (`braze.fuse`)."""
     sources = [_source(type(m).forward) for m in model.modules()]

@@ -74,7 +74,7 @@ def _is_normed(product: fx.Node) -> bool:
 
 def _is_square(node: fx.Node) -> bool:
     if node.target is aten.pow.Tensor_Scalar:
-        return node.args[1] == 2
+        return bool(node.args[1] == 2)
     return node.target is aten.mul.Tensor and node.args[0] is node.args[1]
 
 
@@ -93,6 +93,6 @@ def _sorted_ids(product: fx.Node) -> fx.Node:
         if node.target in (aten.sort.default, aten.sort.stable):
             values = [n for n in node.users if n.target is operator.getitem and n.args[1] == 0]
             if values:
-                return values[0]
+                return values[0]  # type: ignore[no-any-return]
         stack.extend(node.all_input_nodes)
     raise NoExperts("the blocks of the grouped rows are no counts of sorted ids")

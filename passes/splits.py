@@ -60,7 +60,9 @@ def _parts(cat: fx.Node, ev: Elements) -> Parts | None:
     weights = {_weight(n.args[1], e, ev) for e, n in enumerate(pieces)}
     if len(counts) != 1 or len(weights) != 1 or None in counts | weights:
         return None
-    (count,), (weight,) = counts, weights
+    count, weight = counts.pop(), weights.pop()
+    assert count is not None
+    assert weight is not None
     same = len(sizes) == count.meta["val"].shape[0] == weight.meta["val"].shape[0]
     return Parts(cat, split.args[0], weight, count) if same else None
 

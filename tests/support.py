@@ -114,6 +114,9 @@ def _run(name: str, model: Any, case: Outcome) -> Outcome:
     calls = {"prefill": _prefill, "decode": _decode, "dynamic": _dynamic}[case.mode](name)
     plain, twin = copy.deepcopy(model), as_float64(model)
     log: list[Route] = []
+    ran: set[int] = set()
+    for experts in _experts(plain):
+        experts.register_forward_pre_hook(lambda module, args: ran.add(id(module)))
     if _routed(model):
         watch(_experts(plain), log)
     if case.form == "own":
@@ -136,6 +139,9 @@ def _run(name: str, model: Any, case: Outcome) -> Outcome:
         if theirs and len(ours) == len(theirs) and same and case.dtype == "bfloat16":
             mine, stock = _forced(call, got, ours, model), _forced(call, eager, theirs, model)
     results = fused.results[before:]
+    layers = (
+        min(case.layers, len(theirs)) if theirs else case.layers
+    )  # those that ran: not, for instance, those for images
 
     def count(kind: str) -> int:
         return sum(f.kind == kind for r in results for _, f in r.calls)
@@ -143,7 +149,7 @@ def _run(name: str, model: Any, case: Outcome) -> Outcome:
     reasons = tuple(dict.fromkeys(f"{m.kind}: {m.reason}" for r in results for m in r.near_misses))
     errors = tuple(e for r in results for e in r.errors)
     return Outcome(
-        case.form, case.dtype, case.mode, len(results), case.layers, count("moe"), count("router"), count("rope"),
+        case.form, case.dtype, case.mode, len(results), layers, count("moe"), count("router"), count("rope"),
         mine.error, stock.error, mine.other, stock.other, mine.choices, reasons + errors,
     )  # fmt: skip
 
@@ -187,13 +193,19 @@ Call = Callable[[Any, Any], Any]
 def _prefill(name: str) -> list[Call]:
     from tests.families import inputs
 
-    return [lambda m, plain: _first(m(**inputs(name)))]
+    return [lambda m, plain: _first(m(**_as(plain, inputs(name))))]
+
+
+def _as(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Inputs, images among them in the model's dtype."""
+    dtype = next(model.parameters()).dtype
+    return {name: v.to(dtype) if v.is_floating_point() else v for name, v in given.items()}
 
 
 def _dynamic(name: str) -> list[Call]:
     from tests.families import inputs
 
-    return [lambda m, plain, n=n: _first(m(**inputs(name, n))) for n in (8, 12)]
+    return [lambda m, plain, n=n: _first(m(**_as(plain, inputs(name, n)))) for n in (8, 12)]
 
 
 def _decode(name: str) -> list[Call]:
@@ -201,6 +213,8 @@ def _decode(name: str) -> list[Call]:
     from tests.families import inputs
 
     given = inputs(name)
+    if "pixel_values" in given:
+        return _prefill(name)
     ids = given.get("decoder_input_ids", given["input_ids"])
 
     def step(m: Any, plain: Any) -> Any:
