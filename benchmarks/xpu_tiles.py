@@ -34,7 +34,9 @@ DEVICES = ("pvc", "bmg")
 LARGE = "-cl-intel-256-GRF-per-thread"
 #: With more spilled bytes than this every version of Intel's Triton builds a kernel anew with twice the registers.
 REBUILT = 1087
-PER_WARP = (128, 2048)  # elements of the accumulators: a DPAS result at least, half of 256 registers at most
+PER_WARP = (128, 1024)  # elements of the accumulators: a DPAS result at least, a quarter of 256 registers at most
+#: registers asked for -> elements of the accumulators, of a warp, that leave room for an epilogue; 0 stands for 128
+HELD = {0: 256, 256: 1024}
 LEAST = 32  # of the same where weights are read by pointers, which take registers of their own
 #: how rows are found -> rows of a tile worth trying
 ROWS = {"direct": (8, 16), "gathered": (16, 32, 64), "copied": (32, 64, 128, 256)}
@@ -128,6 +130,7 @@ def launch(form: Form, config: Config, name: str, variant: Variant = VARIANTS[0]
 
 def facts(tools: ocloc.Tools, launch: Launch, tile: Tile, rows: int) -> dict[str, Any] | None:
     """The tile with what its code holds on each device; None where it spills, calls out or needs too much memory."""
+    each = rows * tile.columns // tile.warps
     if launch.shared > SHARED_BYTES:
         return None
     for registers in (0, 256):
@@ -136,6 +139,8 @@ def facts(tools: ocloc.Tools, launch: Launch, tile: Tile, rows: int) -> dict[str
             break
         if registers or any(0 < code.spill <= REBUILT or code.calls for code in codes.values()):
             return None
+    if each > HELD[registers]:
+        return None
     loops = {d: main_loops(code) for d, code in codes.items()}
     return {
         "tile": [rows, tile.columns, tile.inner, tile.warps],
