@@ -7,18 +7,19 @@ wait for a core (Linux counts that); on a busy machine over those that waited le
 GFLOP/s and GB/s (the experts' products; the used experts' weights, once) stand the machine's own: a dense product, and
 reading as many bytes.
 
-    python benchmarks/cpu.py [--quick] [--json FILE] [--shapes NAME,...] [--tokens N,...] [--growth FOLDER]
+    python benchmarks/cpu.py [--quick] [--json FILE [--resume]] [--shapes NAME,...] [--tokens N,...] [--growth FOLDER]
 """
 
 import argparse
 import copy
 import csv
+import itertools
 import json
 import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -221,15 +222,16 @@ def medians(
     kept = {name: call for name, call in calls.items() if name == "braze" or first[name] <= HOPELESS * best}
     times: dict[str, list[Timing]] = {name: [] for name in kept}
     machine = probes.measure()
-    begin = time.perf_counter()
+    begin, forms = time.perf_counter(), list(kept)
     while (
         (spent := time.perf_counter() - begin) < seconds
         or len(times["braze"]) < CALM
         or (spent < PATIENCE * seconds and min(map(calm, times.values())) < CALM)
     ):
-        for place, (name, call) in enumerate(kept.items()):  # others' inputs: none finds the weights it needs just read
+        for place, name in enumerate(forms):  # others' inputs: none finds the weights it needs just read
             x = inputs[(len(times[name]) + place * (len(inputs) // len(kept))) % len(inputs)]
-            times[name].append(clock(call, x))
+            times[name].append(clock(kept[name], x))
+        forms = forms[1:] + forms[:1]  # the first comes after the probes, which empty the caches
         machine = machine.best(probes.measure())
     return (
         {name: statistics.median(undisturbed(t)) for name, t in times.items()},
@@ -247,10 +249,11 @@ def used_experts(layer: nn.Module, x: Tensor) -> int:
     return seen[0]
 
 
-def measure(name: str, shape: Shape, dtype: torch.dtype, token_counts: Sequence[int], seconds: float) -> list[Cell]:
+def measure(name: str, shape: Shape, dtype: torch.dtype, token_counts: Sequence[int], seconds: float) -> Iterator[Cell]:
+    """The cells of one layer, each once it is measured."""
     layers = build(shape, dtype)
     weight_bytes = shape.experts * shape.expert_elements() * dtype.itemsize
-    probes, cells = Probes(dtype, weight_bytes), []
+    probes = Probes(dtype, weight_bytes)
     exact = copy.deepcopy(layers["eager"]).double()
     for tokens in token_counts:
         inputs = [torch.randn(1, tokens, shape.hidden).to(dtype) for _ in range(8)]
@@ -262,15 +265,11 @@ def measure(name: str, shape: Shape, dtype: torch.dtype, token_counts: Sequence[
         median = found["braze"]
         flops = 2 * tokens * shape.top_k * shape.expert_elements() / median
         read = used * shape.expert_elements() * dtype.itemsize / median
-        cells.append(
-            Cell(
-                name, str(dtype).removeprefix("torch."), tokens, shape.experts, "braze", round(median * 1e3, 4),
-                round(found[peer] / median, 3), peer, round(flops / 1e9, 1), round(flops / machine.flops, 3),
-                round(read / 1e9, 2), round(read / machine.read, 3),
-                calls_undisturbed,
-            )
+        yield Cell(
+            name, str(dtype).removeprefix("torch."), tokens, shape.experts, "braze", round(median * 1e3, 4),
+            round(found[peer] / median, 3), peer, round(flops / 1e9, 1), round(flops / machine.flops, 3),
+            round(read / 1e9, 2), round(read / machine.read, 3), calls_undisturbed,
         )  # fmt: skip
-    return cells
 
 
 def geomean(values: Sequence[float]) -> float:
@@ -311,11 +310,26 @@ def write_csv(path: Path, cells: Sequence[Cell]) -> None:
         writer.writerows(map(asdict, cells))
 
 
+def kept_cells(path: Path | None) -> list[Cell]:
+    """The cells of an earlier run whose calls were undisturbed; none without a file."""
+    if path is None or not path.exists():
+        return []
+    return [cell for entry in json.loads(path.read_text()) if (cell := Cell(**entry)).calm >= CALM]
+
+
+def write(path: Path, cells: Sequence[Cell]) -> None:
+    """The cells as .json, and beside it as .csv, in the order of layers."""
+    at = {name: i for i, name in enumerate(SHAPES)}
+    ordered = sorted(cells, key=lambda c: (c.dtype, at[c.shape], c.tokens))
+    path.write_text(json.dumps([asdict(c) for c in ordered], indent=1) + "\n")
+    write_csv(path.with_suffix(".csv"), ordered)
+
+
 def growth(folder: Path, seconds: float, console: Console) -> None:
     """Time over tokens (1 to 4096) and over experts (8 to 256): growth.csv and .json, and growth.png where matplotlib is."""
     base = Shape("qwen3_moe", "Qwen3MoeSparseMoeBlock", "Qwen3MoeConfig", 512, 32, 256, 8, {"norm_topk_prob": True})
-    by_tokens = measure("by tokens", base, torch.bfloat16, [4**n for n in range(7)], seconds)
-    by_experts = []
+    by_tokens = list(measure("by tokens", base, torch.bfloat16, [4**n for n in range(7)], seconds))
+    by_experts: list[Cell] = []
     for experts in (8, 16, 32, 64, 128, 256):
         shape = Shape(base.module, base.block, base.config, 512, experts, 256, 8, base.extra)
         by_experts += measure("by experts", shape, torch.bfloat16, [32], seconds)
@@ -344,6 +358,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one layer, two numbers of tokens, short rounds")
     parser.add_argument("--json", type=Path, help="write the cells to this file, and beside it as .csv")
+    parser.add_argument("--resume", action="store_true", help="keep that file's undisturbed cells, measure the others")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="of " + ", ".join(SHAPES))
     parser.add_argument("--tokens", default="1,8,128,512")
     parser.add_argument("--dtypes", default="bfloat16,float32")
@@ -358,16 +373,15 @@ def main() -> None:
             return
         names = ["qwen3"] if args.quick else args.shapes.split(",")
         token_counts = [1, 128] if args.quick else [int(n) for n in args.tokens.split(",")]
-        cells: list[Cell] = []
-        for dtype in (getattr(torch, n) for n in args.dtypes.split(",")):
-            for name in names:
-                some = measure(name, SHAPES[name], dtype, token_counts, 0.5 if args.quick else args.seconds)
-                cells += some
-                title = f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
-                console.print(table(some, title))
+        cells = kept_cells(args.json) if args.resume else []
+        for dtype, name in itertools.product((getattr(torch, n) for n in args.dtypes.split(",")), names):
+            done = {c.tokens for c in cells if c.shape == name and c.dtype == str(dtype).removeprefix("torch.")}
+            left = [n for n in token_counts if n not in done]
+            for cell in measure(name, SHAPES[name], dtype, left, 0.5 if args.quick else args.seconds) if left else ():
+                cells.append(cell)
+                console.print(table([cell], f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"))
                 if args.json:
-                    args.json.write_text(json.dumps([asdict(c) for c in cells], indent=1) + "\n")
-                    write_csv(args.json.with_suffix(".csv"), cells)
+                    write(args.json, cells)
     console.print(summary(cells))
 
 

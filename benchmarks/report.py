@@ -38,11 +38,12 @@ def cpu(cells: Rows) -> str:
     rows = [
         (
             f"{c['shape']} {c['dtype']}", c["tokens"], f"{c['median']:.2f}", f"{c['gflops']:.0f}",
-            f"{c['gbytes']:.1f}", f"{c['ratio']:.2f}" + ("" if c in calm else " (disturbed)"), c["peer"],
+            f"{c['of_gemm']:.2f}", f"{c['gbytes']:.1f}", f"{c['of_read']:.2f}",
+            f"{c['ratio']:.2f}" + ("" if c in calm else " (disturbed)"), c["peer"],
         )
         for c in cells
     ]  # fmt: skip
-    header = ("layer", "tokens", "braze ms", "GFLOP/s", "GB/s", "stock / braze", "best stock")
+    header = ("layer", "tokens", "braze ms", "GFLOP/s", "of GEMM", "GB/s", "of read", "stock / braze", "best stock")
     parts = (
         ("decode, 1 and 8 tokens", [c for c in calm if c["tokens"] <= 8]),
         ("prefill, 128 and 512 tokens", [c for c in calm if c["tokens"] > 8]),
@@ -51,8 +52,8 @@ def cpu(cells: Rows) -> str:
         (
             "## Experts on CPU\n",
             "`benchmarks/cpu.py`: transformers' expert layers, braze beside the fastest of `grouped_mm`, `batched_mm` and the",
-            "eager loop, each under stock `torch.compile`. The machine's own product and reading speed were not",
-            "measured in the same rounds as these cells, and are left out.",
+            "eager loop, each under stock `torch.compile`. Of GEMM and of read: the parts of a dense product's FLOP/s and of",
+            "the bytes a second of reading as much memory, both measured in the rounds of the cell.",
             f"{len(cells) - len(calm)} of {len(cells)} cells had fewer than 7 calls undisturbed by other work in some form:",
             "these are marked, and not counted in:\n",
             *(summary(name, some) for name, some in parts if some),

@@ -73,6 +73,7 @@ def test_storage(dtype: torch.dtype, transposed: bool, layout: str) -> None:
     spec = MoeSpec("g*sigmoid(g)" if layout == "none" else "g*u*sigmoid(g)", layout, transposed)  # type: ignore[arg-type]
     for seed, tokens in enumerate((1, 9, 150)):
         check(inputs(spec, dtype, tokens, seed=seed), spec)
+    check(inputs(spec, dtype, 1, hidden=550, inner=523), spec)  # whole runs and a rest along K
     check(inputs(spec, dtype, 40, 3, 2, hidden=71, inner=37, bias=torch.float32), spec)
     check(inputs(spec, dtype, 6, 3, 1, hidden=130, inner=75, bias=dtype), spec)
     for weight_on, scale in itertools.product(("input", "output"), (1.0, 2.5)):
@@ -101,6 +102,21 @@ def test_dot_product_of_bfloat16(monkeypatch: pytest.MonkeyPatch, transposed: bo
     spec = MoeSpec(layout=layout, transposed=transposed)  # type: ignore[arg-type]
     for tokens, hidden, inner in ((1, 64, 32), (9, 71, 37), (150, 130, 48)):
         check(inputs(spec, torch.bfloat16, tokens, hidden=hidden, inner=inner, bias=torch.float32), spec)
+    moe._build.cache_clear()
+
+
+@pytest.mark.parametrize(("dtype", "transposed"), [(torch.bfloat16, False), (torch.float32, True)], ids=str)
+def test_vectors_of_256_bits(dtype: torch.dtype, transposed: bool) -> None:
+    """What a CPU with AVX2 alone builds: other register tiles, no split order."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    spec = MoeSpec(transposed=transposed)
+    with torch._inductor.config.patch({"cpp.simdlen": 256}):
+        if not pick_vec_isa():
+            pytest.skip("a CPU without AVX2")
+        moe._build.cache_clear()
+        for tokens, hidden, inner in ((1, 64, 32), (2, 71, 37), (9, 71, 37), (150, 130, 48)):
+            check(inputs(spec, dtype, tokens, hidden=hidden, inner=inner, bias=torch.float32), spec)
     moe._build.cache_clear()
 
 

@@ -235,7 +235,7 @@ using Rows = std::vector<const Operand*>;
 
 inline void first_product(
     const Problem& p, const Routing& r, const Task& task, const Operand* x, int64_t x_stride, Operand* act,
-    int64_t act_stride, const Workspace& space, Rows& rows) {
+    int64_t act_stride, const Workspace& space, const Weight* then, Rows& rows) {
   Columns groups[2];
   float bias[TILE_COLUMNS];
   const int group_count = gate_up_columns(p, task.first, task.count, groups);
@@ -245,7 +245,7 @@ inline void first_product(
   Matrix w[2];
   for (int g = 0; g < 2; ++g)
     w[g] = {p.w1.at(task.expert * APART + (APART == 2 ? g : 0)), p.w1_stride, p.hidden};
-  multiply(w, groups, group_count, rows.data(), rows.size(), space, [&](int64_t first, int64_t count) {
+  multiply(w, groups, group_count, rows.data(), rows.size(), space, then, [&](int64_t first, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t s = task.begin + first + i;
       const float weight = p.weight_on_input ? r.weight[s] : 1.f;
@@ -256,11 +256,12 @@ inline void first_product(
 
 inline void second_product(
     const Problem& p, const Routing& r, const Task& task, const Operand* act, int64_t act_stride, float* sums,
-    const Workspace& space, Rows& rows) {
+    const Workspace& space, const Weight* then, Rows& rows) {
   const Columns columns{task.first, 1, task.count};
   float bias[TILE_COLUMNS];
   std::fill(sums, sums + (task.end - task.begin) * TILE_COLUMNS, 0.f);
-  for (const int64_t e : r.used) {
+  for (size_t n = 0; n < r.used.size(); ++n) {
+    const int64_t e = r.used[n];
     const auto bound = [&](int64_t token) {
       return std::lower_bound(r.token.begin() + r.begin[e], r.token.begin() + r.begin[e + 1], token) - r.token.begin();
     };
@@ -270,7 +271,8 @@ inline void second_product(
     rows.clear();
     for (int64_t s = begin; s < end; ++s) rows.push_back(act + s * act_stride);
     const Matrix w{p.w2.at(e), p.w2_stride, p.inner};
-    multiply(&w, &columns, 1, rows.data(), rows.size(), space, [&](int64_t first, int64_t count) {
+    const Weight* next = n + 1 < r.used.size() ? Matrix{p.w2.at(r.used[n + 1]), p.w2_stride, p.inner}.column(task.first) : then;
+    multiply(&w, &columns, 1, rows.data(), rows.size(), space, next, [&](int64_t first, int64_t count) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t s = begin + first + i;
         const V weight(p.weight_on_input ? 1.f : r.weight[s]);
@@ -301,6 +303,18 @@ struct Buffer {
   T* const data;
 };
 
+// Where the weights of a task begin; of the i-th of the second tasks, or the last.
+inline const Weight* first_weights(const Problem& p, const Task& task) {
+  Columns groups[2];
+  gate_up_columns(p, task.first, task.count, groups);
+  return Matrix{p.w1.at(task.expert * APART), p.w1_stride, p.hidden}.column(groups[0].first);
+}
+
+inline const Weight* second_weights(const Problem& p, const Routing& r, const std::vector<Task>& tasks, size_t i) {
+  if (r.used.empty()) return nullptr;
+  return Matrix{p.w2.at(r.used[0]), p.w2_stride, p.inner}.column(tasks[std::min(i, tasks.size() - 1)].first);
+}
+
 inline void moe(const Problem& p, const Routing& r, int threads) {
   int64_t most_rows = 1, most_tokens = 0;
   for (const int64_t e : r.used) most_rows = std::max(most_rows, r.begin[e + 1] - r.begin[e]);
@@ -321,11 +335,17 @@ inline void moe(const Problem& p, const Routing& r, int threads) {
     int64_t x_stride;
     const Operand* x = operand_rows(p, p.x, copy.data, &x_stride);
 #pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < first.size(); ++i)
-      first_product(p, r, first[i], x, x_stride, act.data, act_stride, space, rows);
+    for (size_t i = 0; i < first.size(); ++i) {
+      const size_t next = i + threads;  // likely what this thread does next
+      const Weight* then =
+          next < first.size() ? first_weights(p, first[next]) : second_weights(p, r, second, next - first.size());
+      first_product(p, r, first[i], x, x_stride, act.data, act_stride, space, then, rows);
+    }
 #pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < second.size(); ++i)
-      second_product(p, r, second[i], act.data, act_stride, sums.data, space, rows);
+    for (size_t i = 0; i < second.size(); ++i) {
+      const Weight* then = second_weights(p, r, second, i + threads);
+      second_product(p, r, second[i], act.data, act_stride, sums.data, space, then, rows);
+    }
   }
 }
 

@@ -35,7 +35,9 @@ inline void strip_rows(
   if (n < count) step(n, [&](const Weight* p) { return load_wide(p, static_cast<int>(count - n)); });
 }
 
-inline void strip_block(const Matrix& w, Columns columns, const Operand* const* rows, int count, float* c) {
+// As dot_block; of what is read after it nothing is prefetched.
+inline void strip_block(
+    const Matrix& w, Columns columns, const Operand* const* rows, int count, const Weight*, float* c) {
   for (int m = 0; m < count; ++m) std::fill_n(c + m * TILE_STRIDE, (columns.count + L - 1) / L * L, 0.f);
   const int tiles = (count + STRIP_ROWS - 1) / STRIP_ROWS;
   for (int64_t k = 0; k < w.k;) {
