@@ -125,6 +125,7 @@ def _run(name: str, model: Any, case: Outcome) -> Outcome:
     with torch.no_grad():
         for call in calls:
             before = len(fused.results)
+            ran.clear()
             log.clear()
             got, ours = call(fused, plain), tuple(log)
             log.clear()
