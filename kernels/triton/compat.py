@@ -180,6 +180,9 @@ LANES, HELD = (
 )  # of an XPU's warp, and elements that each of them holds of a kernel's largest tile without a spill
 
 
+MOST = 32 * LANES * HELD  # elements that a work group holds
+
+
 def spread(x: Tensor, elements: int, warps: int) -> int:
     """Warps for a kernel whose largest tile has so many elements of 32 bits: on an XPU more than given where it would spill."""
     if platform(x.device) != "xpu":
