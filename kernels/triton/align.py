@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from braze.kernels.triton.compat import Start, spread
+from braze.kernels.triton.compat import MOST, Start, platform, spread
 from braze.kernels.triton.intrinsics import launch_dependents, wait
 
 CHUNK = 256  # rows that a program looks at together
@@ -125,7 +125,8 @@ def align(ids: Tensor, experts: int, tile_rows: int, start: Start, overlap: bool
     table, order, tiles = (
         torch.empty(n, dtype=torch.int32, device=ids.device) for n in (4 * bins, rows, 2 + 4 * limit)
     )
-    programs = max(chunks, triton.cdiv(limit, TILES))
+    described = min(TILES, MOST // bins) if platform(ids.device) == "xpu" else TILES
+    programs = max(chunks, triton.cdiv(limit, described))
     counts = table
     if counted:
         counts = torch.empty(parts * bins, dtype=torch.int32, device=ids.device)
@@ -138,7 +139,7 @@ def align(ids: Tensor, experts: int, tile_rows: int, start: Start, overlap: bool
     )  # fmt: skip
     _, order, tiles = start(
         moe_place, (programs,), (ids, table, order, tiles, rows, experts, limit),
-        {"CHUNK": CHUNK, "BINS": bins, "TILES": TILES, "OVERLAP": overlap},
-        ["table", "order", "tiles"], warps=spread(ids, TILES * bins, 4), overlap=overlap,
+        {"CHUNK": CHUNK, "BINS": bins, "TILES": described, "OVERLAP": overlap},
+        ["table", "order", "tiles"], warps=spread(ids, described * bins, 4), overlap=overlap,
     )  # fmt: skip
     return Alignment(order, tiles, limit)
