@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 console = Console()
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args) or 0)
     except UsageError as e:
-        Console(stderr=True).print(f"[red]braze:[/red] {e}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[red]braze:[/red] {escape(str(e))}", highlight=False, soft_wrap=True)
         return 2
 
 

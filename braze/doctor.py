@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -120,5 +121,5 @@ def check_xpu(console: Console, jobs: int = 2) -> int:
     console.print(machine_code.summary(found), soft_wrap=True)
     problems = [problem for cell in found for problem in cell.problems()]
     for problem in problems:
-        console.print(f"[red]{problem}[/red]", soft_wrap=True)
+        console.print(f"[red]{escape(problem)}[/red]", soft_wrap=True)
     return 1 if problems else 0
