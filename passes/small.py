@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from braze.passes.element_ops import argument
+from braze.passes.element_args import argument
 from braze.passes.elements import Sizes
 from braze.passes.products import is_grouped
 
