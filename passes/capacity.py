@@ -73,7 +73,7 @@ def site(pair: Pair, ev: Elements) -> MoeSite | None:
     with root.graph.inserting_before(root):
         mask = _operand(mixed.node, mixed.left)
         if not mixed.left:
-            mask = separate.called(aten.transpose.int, mask, -1, -2)
+            mask = separate.turned(mask)
         known = isinstance(mask.meta["val"].shape[-1], int)
         sizes = (-1, capacity) if known else (separate.size_of(root, 0), -1)
         mask = separate.reshaped(mask, [sizes[0], *((experts, sizes[1]) if by_expert else (sizes[1], experts))])

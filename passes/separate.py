@@ -195,6 +195,12 @@ def called(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     return node
 
 
+def turned(node: fx.Node) -> fx.Node:
+    """Its last two dimensions exchanged, in the one op that Inductor knows for it after decomposition."""
+    *outer, a, b = range(node.meta["val"].ndim)
+    return called(aten.permute.default, node, [*outer, b, a])
+
+
 def lists(node: fx.Node | None) -> list[fx.Node]:
     """The tensors that a name for a list stands for, gate before up where they are apart; none for other nodes."""
     return list(node.meta.get(_LIST, ())) if node is not None else []
@@ -217,7 +223,7 @@ def named(
         )
         w2 = down.weight
         if sides[0].transposed != down.transposed:
-            w2 = called(aten.transpose.int, down.weight, 1, 2)
+            w2 = turned(down.weight)
             w2.meta[_SEEN] = down.weight, lambda value: value.transpose(1, 2)
         assert w1 is not None
         return (_first(w1, w2), b1, _first(w2, w1))

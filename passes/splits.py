@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from braze.passes.elements import Elements, Sizes, Unknown, trail
-from braze.passes.separate import called
+from braze.passes.separate import called, turned
 
 aten = torch.ops.aten
 
@@ -99,9 +99,9 @@ def _replace(parts: Parts) -> None:
         ends = called(
             torch.ops.prims.convert_element_type.default, called(aten.cumsum.default, parts.counts, 0), torch.int32
         )
-        turned = called(aten.permute.default, parts.weight, [0, 2, 1])
+        weight = turned(parts.weight)
         target = aten._grouped_mm.default if native else torch.ops.braze.grouped_mm.default
-        product = called(target, parts.rows, turned, ends)
+        product = called(target, parts.rows, weight, ends)
     product.meta = {**parts.cat.meta, "val": product.meta["val"]}
     parts.cat.replace_all_uses_with(product)
     _known_sizes(product)

@@ -7,6 +7,8 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor, fx, nn
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.decomposition import decompositions
+from torch._inductor.lowering import lowerings
 
 from braze.loops import capture_settings
 from braze.lowering.inductor import no_modes
@@ -55,6 +57,7 @@ class Fused:
                 self.results.append(pipeline.run(gm.graph, strict=strict))
             after(gm.graph)
             gm.graph.lint()
+            assert_known(gm.graph)
 
         torch._dynamo.reset()
         self.settings = capture_settings(model) if isinstance(model, nn.Module) else {}
@@ -76,6 +79,12 @@ class Fused:
     @property
     def reasons(self) -> list[str]:
         return [m.reason for r in self.results for m in r.near_misses]
+
+
+def assert_known(graph: fx.Graph) -> None:
+    """That no node is an op of which Inductor knows the decomposition only: it would have to come before the passes."""
+    targets = {n.target for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+    assert not targets & set(decompositions) - set(lowerings)
 
 
 def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
