@@ -140,9 +140,7 @@ def _run(name: str, model: Any, case: Outcome) -> Outcome:
         if theirs and len(ours) == len(theirs) and same and case.dtype == "bfloat16":
             mine, stock = _forced(call, got, ours, model), _forced(call, eager, theirs, model)
     results = fused.results[before:]
-    layers = (
-        min(case.layers, len(theirs)) if theirs else case.layers
-    )  # those that ran: not, for instance, those for images
+    layers = len(ran) or case.layers  # those that ran: not, for instance, those for images
 
     def count(kind: str) -> int:
         return sum(f.kind == kind for r in results for _, f in r.calls)
