@@ -226,7 +226,7 @@ def compile_time(cells: Rows) -> str:
         (
             "## Compile time\n",
             "`benchmarks/compile_time.py`: the passes' seconds beside stock `torch.compile`'s first call, in one run, caches",
-            "off, on two cores that other work shared.\n",
+            "off, on two cores.\n",
             f"- {deep[0]['layers']} layers: {shares}\n",
             table(("model", "layers", "nodes", "sites", "stock s", "passes s", "passes / stock"), rows),
             "",
