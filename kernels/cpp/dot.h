@@ -1,7 +1,9 @@
 // Products that run along K and read weights in place, once: for few rows, where a weight column is contiguous along K.
 
-constexpr int64_t AHEAD = 8192 / sizeof(Weight);  // weights between what is multiplied and what is prefetched
-constexpr int LINE_ROWS = 2;  // rows for which columns are read one after the other, in one run of memory
+constexpr int64_t AHEAD = 4096 / sizeof(Weight);  // weights between what is multiplied and what is prefetched
+// Columns are read one after the other, in one run of memory, for as few rows as stay in L1 between two columns.
+constexpr int LINE_ROWS = 8;
+constexpr int64_t LINE_BYTES = 32768;
 
 // The sums of the lanes of four vectors.
 inline void sum4(const V* v, float* out) {
@@ -16,11 +18,10 @@ inline void sum4(const V* v, float* out) {
 #endif
 }
 
-// c[m][n] = rows[m] . columns[n] for M rows and ND columns, each contiguous along K; ND columns that begin at `next`, `pitch`
-// weights apart, are prefetched.
+// c[m][n] = rows[m] . columns[n] for M rows and ND columns, each contiguous along K; what lies `ahead` weights after them
+// is prefetched.
 template <int M>
-inline void dot_tile(
-    const Operand* const* rows, const Weight* const* w, int64_t k, const Weight* next, int64_t pitch, float* c) {
+inline void dot_tile(const Operand* const* rows, const Weight* const* w, int64_t k, int64_t ahead, float* c) {
   constexpr int S = L * UNIT * PARTS;
   V acc[M][ND];
   for (int m = 0; m < M; ++m)
@@ -28,7 +29,7 @@ inline void dot_tile(
   int64_t i = 0;
   for (; i + S <= k; i += S) {
 #pragma GCC unroll 8
-    for (int n = 0; n < ND; ++n) prefetch(next + n * pitch + i);
+    for (int n = 0; n < ND; ++n) prefetch(w[n] + ahead + i);
     each_part([&](auto part) {
       Step b[ND];
 #pragma GCC unroll 8
@@ -61,9 +62,9 @@ inline void with_height(int m, F&& f) {
   f(std::integral_constant<int, Max>{});
 }
 
-// The lanes of sums[m * ND] add up to rows[m] . w, for M rows and one column.
+// The lanes of sums[m * ND] add up to rows[m] . w, for M rows and one column; what lies AHEAD of it is prefetched.
 template <int M>
-inline void dot_line(const Operand* const* rows, const Weight* w, int64_t k, const Weight* next, V* sums) {
+inline void dot_line(const Operand* const* rows, const Weight* w, int64_t k, V* sums) {
   constexpr int S = L * UNIT * PARTS;
   constexpr int U = (M == 1 ? 8 : M == 2 ? 4 : 2) / PARTS;
   V acc[U * PARTS][M];
@@ -75,7 +76,7 @@ inline void dot_line(const Operand* const* rows, const Weight* w, int64_t k, con
   for (; i + U * S <= k; i += U * S) {
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u) {
-      prefetch(next + i + u * S);
+      prefetch(w + AHEAD + i + u * S);
       each_part([&](auto part) {
         const Step b = load_part<part()>(w + i + u * S);
 #pragma GCC unroll 8
@@ -87,7 +88,7 @@ inline void dot_line(const Operand* const* rows, const Weight* w, int64_t k, con
     }
   }
   for (; i < k; i += S) {
-    prefetch(next + i);
+    prefetch(w + AHEAD + i);
     const int64_t left = std::min<int64_t>(S, k - i);
     each_part([&](auto part) {
       const Step b = left == S ? load_part<part()>(w + i) : load_part<part()>(w + i, left);
@@ -99,45 +100,43 @@ inline void dot_line(const Operand* const* rows, const Weight* w, int64_t k, con
   }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
-    V sum = acc[0][m];
+#pragma GCC unroll 4
+    for (int half = U * PARTS / 2; half > 0; half /= 2)
 #pragma GCC unroll 8
-    for (int u = 1; u < U * PARTS; ++u) sum = sum + acc[u][m];
-    sums[m * ND] = sum;
+      for (int u = 0; u < half; ++u) acc[u][m] = acc[u][m] + acc[u + half][m];
+    sums[m * ND] = acc[0][m];
   }
 }
 
-// The products of all columns. Of what is read after them, which begins at `then` and is spaced alike, the beginning is
-// prefetched: a task that started on what is not yet on its way would wait for each line of it.
+// The products of all columns of one or two groups of as many, read in turn: each is one long run of memory.
 inline void dot_block(
-    const Matrix& w, Columns columns, const Operand* const* rows, int count, const Weight* then, float* c) {
-  const int64_t pitch = columns.step * w.stride;
-  const auto column = [&](int64_t n) { return w.column(columns.first + n * columns.step); };
-  const auto after = [&](int64_t n, int64_t group) {  // `group` columns are read together
-    n += (AHEAD + w.k * group - 1) / (w.k * group) * group;
-    return n < columns.count ? column(n) : then + (n - columns.count) * pitch;
-  };
-  if (count <= LINE_ROWS) {
+    const Matrix* w, const Columns* groups, int group_count, const Operand* const* rows, int count, float* c) {
+  const auto column = [&](int g, int64_t n) { return w[g].column(groups[g].first + n * groups[g].step); };
+  const int64_t columns = groups[0].count, k = w->k;
+  if (count == 1 || (count <= LINE_ROWS && count * depth(k) * int64_t(sizeof(Operand)) <= LINE_BYTES)) {
     with_height<LINE_ROWS>(count, [&](auto height) {
-      V sums[height() * ND] = {};
-      for (int64_t n = 0; n < columns.count; ++n) {
-        dot_line<height()>(rows, column(n), w.k, after(n, 1), sums + n % ND);
-        if (n % ND == ND - 1 || n == columns.count - 1)
-          for (int m = 0; m < height(); ++m) sum4(sums + m * ND, c + m * TILE_STRIDE + n / ND * ND);
-      }
+      V sums[2][height() * ND] = {};
+      for (int64_t n = 0; n < columns; ++n)
+        for (int g = 0; g < group_count; ++g) {
+          dot_line<height()>(rows, column(g, n), k, sums[g] + n % ND);
+          if (n % ND == ND - 1 || n == columns - 1)
+            for (int m = 0; m < height(); ++m) sum4(sums[g] + m * ND, c + m * TILE_STRIDE + g * GROUP + n / ND * ND);
+        }
     });
     return;
   }
   const int tiles = (count + MD - 1) / MD;
-  for (int64_t n = 0; n < columns.count; n += ND) {
-    const Weight* col[ND];
-    for (int j = 0; j < ND; ++j) col[j] = column(std::min(n + j, columns.count - 1));
-    for (int t = 0, done = 0; t < tiles; ++t) {
-      const int m = (count - done + tiles - t - 1) / (tiles - t);
-      with_height<MD>(m, [&](auto height) {
-        float* out = c + done * TILE_STRIDE + n;
-        dot_tile<height()>(rows + done, col, w.k, t == 0 ? after(n, ND) : col[0], t == 0 ? pitch : 0, out);
-      });
-      done += m;
+  for (int g = 0; g < group_count; ++g)
+    for (int64_t n = 0; n < columns; n += ND) {
+      const Weight* col[ND];
+      for (int j = 0; j < ND; ++j) col[j] = column(g, std::min(n + j, columns - 1));
+      const int64_t ahead = (AHEAD + k * ND - 1) / (k * ND) * ND * (groups[g].step * w[g].stride);
+      for (int t = 0, done = 0; t < tiles; ++t) {
+        const int m = (count - done + tiles - t - 1) / (tiles - t);
+        with_height<MD>(m, [&](auto height) {
+          dot_tile<height()>(rows + done, col, k, t == 0 ? ahead : 0, c + done * TILE_STRIDE + g * GROUP + n);
+        });
+        done += m;
+      }
     }
-  }
 }

@@ -162,8 +162,9 @@ struct Task {
 };
 
 constexpr int64_t ROWS_A_TASK = 512;
+constexpr int64_t FIRST_TASKS = 8, SECOND_TASKS = 2;
 
-// Columns a task: as many as a tile takes, fewer while there are fewer than four tasks a thread.
+// Columns a task: as many as `widest`, fewer while there are fewer than four tasks a thread.
 inline int64_t columns_per_task(int64_t widest, int64_t least, int64_t columns, int64_t repeats, int threads) {
   int64_t width = widest;
   while (width > least && repeats * ((columns + width - 1) / width) < 4 * threads) width /= 2;
@@ -172,11 +173,20 @@ inline int64_t columns_per_task(int64_t widest, int64_t least, int64_t columns, 
 
 constexpr int64_t LEAST_COLUMNS = BRAZE_TRANSPOSED || BRAZE_SPLIT ? 2 * L : 8;  // of a task
 
+// Columns of a task that reads weights along K in place: a run of memory that ends early costs what it takes to start the
+// next, so there are no more tasks than it takes to occupy all threads.
+inline int64_t columns_per_run(int64_t least, int64_t columns, int64_t repeats, int64_t least_tasks) {
+  const int64_t pieces = (least_tasks + repeats - 1) / std::max<int64_t>(repeats, 1);
+  return ((columns + pieces - 1) / pieces + least - 1) / least * least;
+}
+
 inline std::vector<Task> first_tasks(const Problem& p, const Routing& r, int threads) {
   auto columns = [&](int64_t most) {
     return columns_per_task(most / GATES, LEAST_COLUMNS, p.inner, r.used.size(), threads);
   };
-  const int64_t in_place = columns(TILE_COLUMNS), packed = columns(PANEL_COLUMNS);
+  const int64_t packed = columns(PANEL_COLUMNS);
+  const int64_t in_place =
+      BRAZE_TRANSPOSED ? columns(TILE_COLUMNS) : columns_per_run(LEAST_COLUMNS, p.inner, r.used.size(), FIRST_TASKS * threads);
   std::vector<Task> tasks;
   for (const int64_t e : r.used) {
     const int64_t width = r.begin[e + 1] - r.begin[e] <= ROWS_IN_PLACE ? in_place : packed;
@@ -190,8 +200,10 @@ inline std::vector<Task> first_tasks(const Problem& p, const Routing& r, int thr
 // Tokens are cut too where columns alone do not occupy all threads, or where sums would leave the cache.
 inline std::vector<Task> second_tasks(const Problem& p, int64_t most_rows, int threads) {
   constexpr int64_t most = 4096, least = 512;
-  const int64_t widest = most_rows <= ROWS_IN_PLACE ? TILE_COLUMNS : PANEL_COLUMNS;
-  const int64_t width = columns_per_task(widest, LEAST_COLUMNS, p.hidden, 1, threads);
+  const bool in_place = most_rows <= ROWS_IN_PLACE;
+  const int64_t width = in_place && !BRAZE_TRANSPOSED
+      ? columns_per_run(8, p.hidden, 1, SECOND_TASKS * threads)
+      : columns_per_task(in_place ? TILE_COLUMNS : PANEL_COLUMNS, LEAST_COLUMNS, p.hidden, 1, threads);
   const int64_t blocks = (p.hidden + width - 1) / width;
   int64_t chunk = std::min(most, p.tokens);
   while (chunk > least && blocks * ((p.tokens + chunk - 1) / chunk) < 2 * threads) chunk = (chunk + 1) / 2;
@@ -233,61 +245,70 @@ inline const Operand* operand_rows(const Problem& p, const T* x, Operand* copy, 
 
 using Rows = std::vector<const Operand*>;
 
+// f(first, count) for the columns of a task, as many at a time as a tile takes.
+template <class F>
+__attribute__((always_inline)) inline void each_block(const Task& task, int64_t width, F&& f) {
+  for (int64_t j = 0; j < task.count; j += width) f(task.first + j, std::min(width, task.count - j));
+}
+
 inline void first_product(
     const Problem& p, const Routing& r, const Task& task, const Operand* x, int64_t x_stride, Operand* act,
-    int64_t act_stride, const Workspace& space, const Weight* then, Rows& rows) {
-  Columns groups[2];
-  float bias[TILE_COLUMNS];
-  const int group_count = gate_up_columns(p, task.first, task.count, groups);
-  load_bias(p.b1, task.expert * APART, APART == 2, groups, group_count, bias);
+    int64_t act_stride, const Workspace& space, Rows& rows) {
   rows.clear();
   for (int64_t s = task.begin; s < task.end; ++s) rows.push_back(x + r.token[s] * x_stride);
   Matrix w[2];
   for (int g = 0; g < 2; ++g)
     w[g] = {p.w1.at(task.expert * APART + (APART == 2 ? g : 0)), p.w1_stride, p.hidden};
-  multiply(w, groups, group_count, rows.data(), rows.size(), space, then, [&](int64_t first, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t s = task.begin + first + i;
-      const float weight = p.weight_on_input ? r.weight[s] : 1.f;
-      activate(space.tile + i * TILE_STRIDE, bias, weight, task.count, act + s * act_stride + task.first);
-    }
+  each_block(task, TILE_COLUMNS / GATES, [&](int64_t column, int64_t columns) {
+    Columns groups[2];
+    float bias[TILE_COLUMNS];
+    const int group_count = gate_up_columns(p, column, columns, groups);
+    load_bias(p.b1, task.expert * APART, APART == 2, groups, group_count, bias);
+    multiply(w, groups, group_count, rows.data(), rows.size(), space, [&](int64_t first, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t s = task.begin + first + i;
+        const float weight = p.weight_on_input ? r.weight[s] : 1.f;
+        activate(space.tile + i * TILE_STRIDE, bias, weight, columns, act + s * act_stride + column);
+      }
+    });
   });
 }
 
+// sums [tokens of the task][stride], a stride of the task's columns and more.
 inline void second_product(
     const Problem& p, const Routing& r, const Task& task, const Operand* act, int64_t act_stride, float* sums,
-    const Workspace& space, const Weight* then, Rows& rows) {
-  const Columns columns{task.first, 1, task.count};
-  float bias[TILE_COLUMNS];
-  std::fill(sums, sums + (task.end - task.begin) * TILE_COLUMNS, 0.f);
-  for (size_t n = 0; n < r.used.size(); ++n) {
-    const int64_t e = r.used[n];
+    int64_t stride, const Workspace& space, Rows& rows) {
+  std::fill(sums, sums + (task.end - task.begin) * stride, 0.f);
+  for (const int64_t e : r.used) {
     const auto bound = [&](int64_t token) {
       return std::lower_bound(r.token.begin() + r.begin[e], r.token.begin() + r.begin[e + 1], token) - r.token.begin();
     };
     const int64_t begin = bound(task.begin), end = bound(task.end);
     if (begin == end) continue;
-    load_bias(p.b2, e, false, &columns, 1, bias);
     rows.clear();
     for (int64_t s = begin; s < end; ++s) rows.push_back(act + s * act_stride);
     const Matrix w{p.w2.at(e), p.w2_stride, p.inner};
-    const Weight* next = n + 1 < r.used.size() ? Matrix{p.w2.at(r.used[n + 1]), p.w2_stride, p.inner}.column(task.first) : then;
-    multiply(&w, &columns, 1, rows.data(), rows.size(), space, next, [&](int64_t first, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t s = begin + first + i;
-        const V weight(p.weight_on_input ? 1.f : r.weight[s]);
-        const float* c = space.tile + i * TILE_STRIDE;
-        float* sum = sums + (r.token[s] - task.begin) * TILE_COLUMNS;
-        for (int64_t j = 0; j < task.count; j += L)
-          at::vec::fmadd(V::loadu(c + j) + V::loadu(bias + j), weight, V::loadu(sum + j)).store(sum + j);
-      }
+    each_block(task, TILE_COLUMNS, [&](int64_t column, int64_t count) {
+      const Columns columns{column, 1, count};
+      float bias[TILE_COLUMNS];
+      load_bias(p.b2, e, false, &columns, 1, bias);
+      multiply(&w, &columns, 1, rows.data(), rows.size(), space, [&](int64_t first, int64_t height) {
+        for (int64_t i = 0; i < height; ++i) {
+          const int64_t s = begin + first + i;
+          const V weight(p.weight_on_input ? 1.f : r.weight[s]);
+          const float* c = space.tile + i * TILE_STRIDE;
+          float* sum = sums + (r.token[s] - task.begin) * stride + column - task.first;
+          for (int64_t j = 0; j < count; j += L)
+            at::vec::fmadd(V::loadu(c + j) + V::loadu(bias + j), weight, V::loadu(sum + j)).store(sum + j);
+        }
+      });
     });
   }
   for (int64_t t = task.begin; t < task.end; ++t)
     for (int64_t j = 0; j < task.count; j += L)
       write(
           p.out, t * p.hidden + task.first + j, p.out_dtype,
-          V::loadu(sums + (t - task.begin) * TILE_COLUMNS + j) * V(p.scale), std::min<int64_t>(L, task.count - j));
+          V::loadu(sums + (t - task.begin) * stride + j) * V(p.scale), std::min<int64_t>(L, task.count - j));
 }
 
 // Uninitialised memory aligned to a cache line.
@@ -303,31 +324,23 @@ struct Buffer {
   T* const data;
 };
 
-// Where the weights of a task begin; of the i-th of the second tasks, or the last.
-inline const Weight* first_weights(const Problem& p, const Task& task) {
-  Columns groups[2];
-  gate_up_columns(p, task.first, task.count, groups);
-  return Matrix{p.w1.at(task.expert * APART), p.w1_stride, p.hidden}.column(groups[0].first);
-}
-
-inline const Weight* second_weights(const Problem& p, const Routing& r, const std::vector<Task>& tasks, size_t i) {
-  if (r.used.empty()) return nullptr;
-  return Matrix{p.w2.at(r.used[0]), p.w2_stride, p.inner}.column(tasks[std::min(i, tasks.size() - 1)].first);
-}
-
 inline void moe(const Problem& p, const Routing& r, int threads) {
-  int64_t most_rows = 1, most_tokens = 0;
+  int64_t most_rows = 1, most_tokens = 0, most_columns = 0;
   for (const int64_t e : r.used) most_rows = std::max(most_rows, r.begin[e + 1] - r.begin[e]);
   const std::vector<Task> first = first_tasks(p, r, threads), second = second_tasks(p, most_rows, threads);
-  for (const Task& t : second) most_tokens = std::max(most_tokens, t.end - t.begin);
+  for (const Task& t : second) {
+    most_tokens = std::max(most_tokens, t.end - t.begin);
+    most_columns = std::max(most_columns, t.count);
+  }
   // Rows that start a multiple of 4 KiB apart would compete for the same lines of the L1 cache.
   const int64_t act_stride = (p.inner + 31) / 32 * 32 + 32;
+  const int64_t sum_stride = (most_columns + L - 1) / L * L + L;
   const int64_t panel = (depth(std::max(p.hidden, p.inner)) + UNIT - 1) / UNIT * NR;
   Buffer<Operand> act(r.begin[p.experts] * act_stride);
   Buffer<Operand> copy(std::is_same_v<Operand, Weight> ? 0 : p.tokens * depth(p.hidden));
 #pragma omp parallel num_threads(threads)
   {
-    Buffer<float> tile(TILE_ROWS * TILE_STRIDE), sums(most_tokens * TILE_STRIDE);
+    Buffer<float> tile(TILE_ROWS * TILE_STRIDE), sums(most_tokens * sum_stride);
     Buffer<uint32_t> panels(PANELS * panel);
     const Workspace space{tile.data, panels.data};
     Rows rows;
@@ -335,17 +348,11 @@ inline void moe(const Problem& p, const Routing& r, int threads) {
     int64_t x_stride;
     const Operand* x = operand_rows(p, p.x, copy.data, &x_stride);
 #pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < first.size(); ++i) {
-      const size_t next = i + threads;  // likely what this thread does next
-      const Weight* then =
-          next < first.size() ? first_weights(p, first[next]) : second_weights(p, r, second, next - first.size());
-      first_product(p, r, first[i], x, x_stride, act.data, act_stride, space, then, rows);
-    }
+    for (size_t i = 0; i < first.size(); ++i)
+      first_product(p, r, first[i], x, x_stride, act.data, act_stride, space, rows);
 #pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < second.size(); ++i) {
-      const Weight* then = second_weights(p, r, second, i + threads);
-      second_product(p, r, second[i], act.data, act_stride, sums.data, space, then, rows);
-    }
+    for (size_t i = 0; i < second.size(); ++i)
+      second_product(p, r, second[i], act.data, act_stride, sums.data, sum_stride, space, rows);
   }
 }
 

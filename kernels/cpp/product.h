@@ -9,16 +9,12 @@ struct Workspace {
 
 // rows [count] times one or two groups of columns, group i of w[i]; it lies at tile[:, i * GROUP :]. `done(first, count)` is called
 // for each run of rows once the tile holds it. More than ROWS_IN_PLACE rows take PANEL_COLUMNS columns in all.
-// What is read in place begins to be prefetched at `then` where this ends.
 template <class Done>
-inline void multiply(
+__attribute__((always_inline)) inline void multiply(
     const Matrix* w, const Columns* groups, int group_count, const Operand* const* rows, int64_t count,
-    const Workspace& space, const Weight* then, Done&& done) {
+    const Workspace& space, Done&& done) {
   if (count <= ROWS_IN_PLACE) {
-    for (int g = 0; g < group_count; ++g)
-      (BRAZE_TRANSPOSED ? strip_block : dot_block)(
-          w[g], groups[g], rows, count, g + 1 < group_count ? w[g + 1].column(groups[g + 1].first) : then,
-          space.tile + g * GROUP);
+    (BRAZE_TRANSPOSED ? strip_block : dot_block)(w, groups, group_count, rows, count, space.tile);
     done(0, count);
     return;
   }

@@ -35,9 +35,7 @@ inline void strip_rows(
   if (n < count) step(n, [&](const Weight* p) { return load_wide(p, static_cast<int>(count - n)); });
 }
 
-// As dot_block; of what is read after it nothing is prefetched.
-inline void strip_block(
-    const Matrix& w, Columns columns, const Operand* const* rows, int count, const Weight*, float* c) {
+inline void strip_group(const Matrix& w, Columns columns, const Operand* const* rows, int count, float* c) {
   for (int m = 0; m < count; ++m) std::fill_n(c + m * TILE_STRIDE, (columns.count + L - 1) / L * L, 0.f);
   const int tiles = (count + STRIP_ROWS - 1) / STRIP_ROWS;
   for (int64_t k = 0; k < w.k;) {
@@ -57,4 +55,10 @@ inline void strip_block(
     }
     k += depth;
   }
+}
+
+// As dot_block.
+inline void strip_block(
+    const Matrix* w, const Columns* groups, int group_count, const Operand* const* rows, int count, float* c) {
+  for (int g = 0; g < group_count; ++g) strip_group(w[g], groups[g], rows, count, c + g * GROUP);
 }
