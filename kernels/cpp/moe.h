@@ -162,7 +162,6 @@ struct Task {
 };
 
 constexpr int64_t ROWS_A_TASK = 512;
-constexpr int64_t FIRST_TASKS = 8, SECOND_TASKS = 2;
 
 // Columns a task: as many as `widest`, fewer while there are fewer than four tasks a thread.
 inline int64_t columns_per_task(int64_t widest, int64_t least, int64_t columns, int64_t repeats, int threads) {
@@ -173,20 +172,19 @@ inline int64_t columns_per_task(int64_t widest, int64_t least, int64_t columns, 
 
 constexpr int64_t LEAST_COLUMNS = BRAZE_TRANSPOSED || BRAZE_SPLIT ? 2 * L : 8;  // of a task
 
-// Columns of a task that reads weights along K in place: a run of memory that ends early costs what it takes to start the
-// next, so there are no more tasks than it takes to occupy all threads.
+// Columns of a task that reads weights in place: a run of memory that ends early costs what it takes to start the next,
+// so there are no more tasks than it takes to occupy all threads.
 inline int64_t columns_per_run(int64_t least, int64_t columns, int64_t repeats, int64_t least_tasks) {
   const int64_t pieces = (least_tasks + repeats - 1) / std::max<int64_t>(repeats, 1);
   return ((columns + pieces - 1) / pieces + least - 1) / least * least;
 }
 
+constexpr int64_t FIRST_TASKS = BRAZE_TRANSPOSED ? 2 : 8, SECOND_TASKS = BRAZE_TRANSPOSED ? 1 : 2;  // a thread
+
 inline std::vector<Task> first_tasks(const Problem& p, const Routing& r, int threads) {
-  auto columns = [&](int64_t most) {
-    return columns_per_task(most / GATES, LEAST_COLUMNS, p.inner, r.used.size(), threads);
-  };
-  const int64_t packed = columns(PANEL_COLUMNS);
-  const int64_t in_place =
-      BRAZE_TRANSPOSED ? columns(TILE_COLUMNS) : columns_per_run(LEAST_COLUMNS, p.inner, r.used.size(), FIRST_TASKS * threads);
+  const int64_t experts = r.used.size();
+  const int64_t in_place = columns_per_run(LEAST_COLUMNS, p.inner, experts, FIRST_TASKS * threads);
+  const int64_t packed = columns_per_task(PANEL_COLUMNS / GATES, LEAST_COLUMNS, p.inner, experts, threads);
   std::vector<Task> tasks;
   for (const int64_t e : r.used) {
     const int64_t width = r.begin[e + 1] - r.begin[e] <= ROWS_IN_PLACE ? in_place : packed;
@@ -200,10 +198,9 @@ inline std::vector<Task> first_tasks(const Problem& p, const Routing& r, int thr
 // Tokens are cut too where columns alone do not occupy all threads, or where sums would leave the cache.
 inline std::vector<Task> second_tasks(const Problem& p, int64_t most_rows, int threads) {
   constexpr int64_t most = 4096, least = 512;
-  const bool in_place = most_rows <= ROWS_IN_PLACE;
-  const int64_t width = in_place && !BRAZE_TRANSPOSED
-      ? columns_per_run(8, p.hidden, 1, SECOND_TASKS * threads)
-      : columns_per_task(in_place ? TILE_COLUMNS : PANEL_COLUMNS, LEAST_COLUMNS, p.hidden, 1, threads);
+  const int64_t width = most_rows <= ROWS_IN_PLACE
+      ? columns_per_run(LEAST_COLUMNS, p.hidden, 1, SECOND_TASKS * threads)
+      : columns_per_task(PANEL_COLUMNS, LEAST_COLUMNS, p.hidden, 1, threads);
   const int64_t blocks = (p.hidden + width - 1) / width;
   int64_t chunk = std::min(most, p.tokens);
   while (chunk > least && blocks * ((p.tokens + chunk - 1) / chunk) < 2 * threads) chunk = (chunk + 1) / 2;
@@ -245,7 +242,13 @@ inline const Operand* operand_rows(const Problem& p, const T* x, Operand* copy, 
 
 using Rows = std::vector<const Operand*>;
 
-// f(first, count) for the columns of a task, as many at a time as a tile takes.
+// Columns of a tile of `rows`; read in place along N, as many as stay in L1.
+inline int64_t tile_columns(int64_t rows) {
+  if (!BRAZE_TRANSPOSED || rows > ROWS_IN_PLACE) return PANEL_COLUMNS;
+  return std::min<int64_t>(TILE_COLUMNS, STRIP_BYTES / sizeof(float) / rows / (2 * L) * (2 * L));
+}
+
+// f(first, count) for the columns of a task, `width` at a time.
 template <class F>
 __attribute__((always_inline)) inline void each_block(const Task& task, int64_t width, F&& f) {
   for (int64_t j = 0; j < task.count; j += width) f(task.first + j, std::min(width, task.count - j));
@@ -259,7 +262,7 @@ inline void first_product(
   Matrix w[2];
   for (int g = 0; g < 2; ++g)
     w[g] = {p.w1.at(task.expert * APART + (APART == 2 ? g : 0)), p.w1_stride, p.hidden};
-  each_block(task, TILE_COLUMNS / GATES, [&](int64_t column, int64_t columns) {
+  each_block(task, tile_columns(rows.size()) / GATES, [&](int64_t column, int64_t columns) {
     Columns groups[2];
     float bias[TILE_COLUMNS];
     const int group_count = gate_up_columns(p, column, columns, groups);
@@ -288,7 +291,7 @@ inline void second_product(
     rows.clear();
     for (int64_t s = begin; s < end; ++s) rows.push_back(act + s * act_stride);
     const Matrix w{p.w2.at(e), p.w2_stride, p.inner};
-    each_block(task, TILE_COLUMNS, [&](int64_t column, int64_t count) {
+    each_block(task, tile_columns(rows.size()), [&](int64_t column, int64_t count) {
       const Columns columns{column, 1, count};
       float bias[TILE_COLUMNS];
       load_bias(p.b2, e, false, &columns, 1, bias);

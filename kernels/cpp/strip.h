@@ -3,6 +3,7 @@
 // A few rows of weights are walked together along all columns of the task, their sums kept in the tile: memory is read
 // in long runs, each page once or twice.
 
+constexpr int64_t STRIP_BYTES = 32768;  // of a tile, to stay in L1
 constexpr int STRIP_DEPTH = L == 16 ? 8 : 4;  // rows of weights walked together
 
 // c[m][0 : count] += rows[m][k : k + D] @ w[0 : D][0 : count] for M rows; what lies `ahead` elements on is prefetched.

@@ -39,7 +39,7 @@ constexpr int ROWS_IN_PLACE = BRAZE_ROWS_IN_PLACE;  // the most rows for which p
 constexpr int TILE_ROWS = ROWS_IN_PLACE > MR ? ROWS_IN_PLACE : MR;
 constexpr int PANELS = BRAZE_TRANSPOSED ? 4 : 2;  // of a task that packs
 constexpr int PANEL_COLUMNS = PANELS * NR;  // columns of a task that packs
-constexpr int TILE_COLUMNS = BRAZE_TRANSPOSED ? 1024 : PANEL_COLUMNS;  // columns of a task that reads in place
+constexpr int TILE_COLUMNS = BRAZE_TRANSPOSED ? 4096 : PANEL_COLUMNS;  // columns of a task that reads in place
 constexpr int TILE_STRIDE = TILE_COLUMNS + L;  // rows a multiple of 4 KiB apart would compete for lines of the L1 cache
 constexpr int GROUP = TILE_COLUMNS / 2;  // where the second group of columns lies in a tile
 
