@@ -108,9 +108,9 @@ inline void dot_line(const Operand* const* rows, const Weight* w, int64_t k, V* 
   }
 }
 
-// The products of all columns of one or two groups of as many, read in turn: each is one long run of memory.
-inline void dot_block(
-    const Matrix* w, const Columns* groups, int group_count, const Operand* const* rows, int count, float* c) {
+// The products of all columns of a block, of its groups in turn: each is one long run of memory.
+inline void dot_block(const Block& block, const Operand* const* rows, int count, float* c) {
+  const auto& [w, groups, group_count] = block;
   const auto column = [&](int g, int64_t n) { return w[g].column(groups[g].first + n * groups[g].step); };
   const int64_t columns = groups[0].count, k = w->k;
   if (count == 1 || (count <= LINE_ROWS && count * depth(k) * int64_t(sizeof(Operand)) <= LINE_BYTES)) {

@@ -97,7 +97,6 @@ Routing route(const Problem& p, const Id* ids, int64_t stride0, int64_t stride1)
   return r;
 }
 
-// The columns of W1 behind act columns [first, first + count), and where g and u then lie in the tile.
 #if BRAZE_LAYOUT_NONE
 constexpr int GATES = 1;
 #else
@@ -106,29 +105,35 @@ constexpr int GATES = 2;
 constexpr int APART = BRAZE_APART ? 2 : 1;  // matrices of an expert's first product
 constexpr bool WOVEN = BRAZE_LAYOUT_INTERLEAVED && BRAZE_TRANSPOSED && APART == 1;  // a run of columns holds g, u, g, u ...
 
-inline int gate_up_columns(const Problem& p, int64_t first, int64_t count, Columns* out) {
-  if (GATES == 1 || WOVEN) {
-    out[0] = {GATES * first, 1, GATES * count};
-    return 1;
-  }
-  if (APART == 2) {
-    out[0] = out[1] = {first, 1, count};
-    return 2;
-  }
+// The columns of W1 behind act columns [first, first + count): in one group g, u, g, u ..., or in a group each.
+inline Block first_block(const Problem& p, int64_t expert, int64_t first, int64_t count) {
+  Block block;
+  for (int g = 0; g < 2; ++g)
+    block.w[g] = {p.w1.at(expert * APART + (APART == 2 ? g : 0)), p.w1_stride, p.hidden};
   const bool halves = BRAZE_LAYOUT_HALVES;
-  out[0] = {halves ? first : 2 * first, halves ? 1 : 2, count};
-  out[1] = {halves ? p.inner + first : 2 * first + 1, halves ? 1 : 2, count};
-  return 2;
+  if (GATES == 1 || WOVEN) {
+    block.groups[0] = {GATES * first, 1, GATES * count};
+    block.group_count = 1;
+  } else {
+    const bool own = APART == 2, step = !own && !halves;
+    block.groups[0] = {step ? 2 * first : first, step ? 2 : 1, count};
+    block.groups[1] = {own ? first : halves ? p.inner + first : 2 * first + 1, step ? 2 : 1, count};
+    block.group_count = 2;
+  }
+  return block;
 }
 
-// The biases of columns of matrix i; of matrix i + 1 for a second group of columns, where `apart`.
-inline void load_bias(
-    const Biases& bias, int64_t i, bool apart, const Columns* groups, int group_count, float* out) {
+inline Block second_block(const Problem& p, int64_t expert, int64_t first, int64_t count) {
+  return {{{p.w2.at(expert), p.w2_stride, p.inner}}, {{first, 1, count}}, 1};
+}
+
+// The biases of a block's columns, those of matrix i; of matrix i + 1 for a second group, where `apart`.
+inline void load_bias(const Biases& bias, int64_t i, bool apart, const Block& block, float* out) {
   std::fill(out, out + TILE_COLUMNS, 0.f);
   if (!bias) return;
-  for (int g = 0; g < group_count; ++g)
-    for (int64_t n = 0; n < groups[g].count; ++n) 
-      out[g * GROUP + n] = bias.at(i + (apart ? g : 0), groups[g].first + n * groups[g].step);
+  for (int g = 0; g < block.group_count; ++g)
+    for (int64_t n = 0; n < block.groups[g].count; ++n)
+      out[g * GROUP + n] = bias.at(i + (apart ? g : 0), block.groups[g].first + n * block.groups[g].step);
 }
 
 // One row of the tile -> act columns, in the dtype and order they are multiplied in.
@@ -254,20 +259,19 @@ __attribute__((always_inline)) inline void each_block(const Task& task, int64_t 
   for (int64_t j = 0; j < task.count; j += width) f(task.first + j, std::min(width, task.count - j));
 }
 
+// then: what this thread does next, if it is known.
 inline void first_product(
-    const Problem& p, const Routing& r, const Task& task, const Operand* x, int64_t x_stride, Operand* act,
-    int64_t act_stride, const Workspace& space, Rows& rows) {
+    const Problem& p, const Routing& r, const Task& task, const Task* then, const Operand* x, int64_t x_stride,
+    Operand* act, int64_t act_stride, const Workspace& space, Rows& rows) {
   rows.clear();
   for (int64_t s = task.begin; s < task.end; ++s) rows.push_back(x + r.token[s] * x_stride);
-  Matrix w[2];
-  for (int g = 0; g < 2; ++g)
-    w[g] = {p.w1.at(task.expert * APART + (APART == 2 ? g : 0)), p.w1_stride, p.hidden};
+  Block next;
+  if (then) next = first_block(p, then->expert, then->first, std::min<int64_t>(then->count, PANEL_COLUMNS / GATES));
   each_block(task, tile_columns(rows.size()) / GATES, [&](int64_t column, int64_t columns) {
-    Columns groups[2];
+    const Block block = first_block(p, task.expert, column, columns);
     float bias[TILE_COLUMNS];
-    const int group_count = gate_up_columns(p, column, columns, groups);
-    load_bias(p.b1, task.expert * APART, APART == 2, groups, group_count, bias);
-    multiply(w, groups, group_count, rows.data(), rows.size(), space, [&](int64_t first, int64_t count) {
+    load_bias(p.b1, task.expert * APART, APART == 2, block, bias);
+    multiply(block, then ? &next : nullptr, rows.data(), rows.size(), space, [&](int64_t first, int64_t count) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t s = task.begin + first + i;
         const float weight = p.weight_on_input ? r.weight[s] : 1.f;
@@ -279,10 +283,11 @@ inline void first_product(
 
 // sums [tokens of the task][stride], a stride of the task's columns and more.
 inline void second_product(
-    const Problem& p, const Routing& r, const Task& task, const Operand* act, int64_t act_stride, float* sums,
-    int64_t stride, const Workspace& space, Rows& rows) {
+    const Problem& p, const Routing& r, const Task& task, const Task* then, const Operand* act, int64_t act_stride,
+    float* sums, int64_t stride, const Workspace& space, Rows& rows) {
   std::fill(sums, sums + (task.end - task.begin) * stride, 0.f);
-  for (const int64_t e : r.used) {
+  for (size_t n = 0; n < r.used.size(); ++n) {
+    const int64_t e = r.used[n];
     const auto bound = [&](int64_t token) {
       return std::lower_bound(r.token.begin() + r.begin[e], r.token.begin() + r.begin[e + 1], token) - r.token.begin();
     };
@@ -290,12 +295,16 @@ inline void second_product(
     if (begin == end) continue;
     rows.clear();
     for (int64_t s = begin; s < end; ++s) rows.push_back(act + s * act_stride);
-    const Matrix w{p.w2.at(e), p.w2_stride, p.inner};
+    const Task* after = n + 1 < r.used.size() ? &task : then;
+    Block next;
+    if (after)
+      next = second_block(
+          p, r.used[(n + 1) % r.used.size()], after->first, std::min<int64_t>(after->count, PANEL_COLUMNS));
     each_block(task, tile_columns(rows.size()), [&](int64_t column, int64_t count) {
-      const Columns columns{column, 1, count};
+      const Block block = second_block(p, e, column, count);
       float bias[TILE_COLUMNS];
-      load_bias(p.b2, e, false, &columns, 1, bias);
-      multiply(&w, &columns, 1, rows.data(), rows.size(), space, [&](int64_t first, int64_t height) {
+      load_bias(p.b2, e, false, block, bias);
+      multiply(block, after ? &next : nullptr, rows.data(), rows.size(), space, [&](int64_t first, int64_t height) {
         for (int64_t i = 0; i < height; ++i) {
           const int64_t s = begin + first + i;
           const V weight(p.weight_on_input ? 1.f : r.weight[s]);
@@ -312,6 +321,16 @@ inline void second_product(
       write(
           p.out, t * p.hidden + task.first + j, p.out_dtype,
           V::loadu(sums + (t - task.begin) * stride + j) * V(p.scale), std::min<int64_t>(L, task.count - j));
+}
+
+// f(task, then) for the tasks that this thread takes from the queue; it takes the next one early, to know it.
+template <class F>
+inline void each_task(std::atomic<size_t>& queue, const std::vector<Task>& tasks, F&& f) {
+  for (size_t i = queue++; i < tasks.size();) {
+    const size_t then = queue++;
+    f(tasks[i], then < tasks.size() ? &tasks[then] : nullptr);
+    i = then;
+  }
 }
 
 // Uninitialised memory aligned to a cache line.
@@ -341,6 +360,7 @@ inline void moe(const Problem& p, const Routing& r, int threads) {
   const int64_t panel = (depth(std::max(p.hidden, p.inner)) + UNIT - 1) / UNIT * NR;
   Buffer<Operand> act(r.begin[p.experts] * act_stride);
   Buffer<Operand> copy(std::is_same_v<Operand, Weight> ? 0 : p.tokens * depth(p.hidden));
+  std::atomic<size_t> first_queue{0}, second_queue{0};
 #pragma omp parallel num_threads(threads)
   {
     Buffer<float> tile(TILE_ROWS * TILE_STRIDE), sums(most_tokens * sum_stride);
@@ -350,12 +370,13 @@ inline void moe(const Problem& p, const Routing& r, int threads) {
     rows.reserve(most_rows);
     int64_t x_stride;
     const Operand* x = operand_rows(p, p.x, copy.data, &x_stride);
-#pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < first.size(); ++i)
-      first_product(p, r, first[i], x, x_stride, act.data, act_stride, space, rows);
-#pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < second.size(); ++i)
-      second_product(p, r, second[i], act.data, act_stride, sums.data, sum_stride, space, rows);
+    each_task(first_queue, first, [&](const Task& task, const Task* then) {
+      first_product(p, r, task, then, x, x_stride, act.data, act_stride, space, rows);
+    });
+#pragma omp barrier
+    each_task(second_queue, second, [&](const Task& task, const Task* then) {
+      second_product(p, r, task, then, act.data, act_stride, sums.data, sum_stride, space, rows);
+    });
   }
 }
 

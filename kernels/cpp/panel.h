@@ -83,14 +83,42 @@ inline void pack(const Matrix& w, Columns columns, uint32_t* panels, int64_t siz
 }
 #endif
 
-// c[m][0:NR] = rows[m] @ panel
+// Lines of memory to prefetch, one a step of a product: `pitch` bytes apart from `at` on.
+struct Lines {
+  const char* at;
+  int64_t pitch;
+};
+
+// The part of a block that the i-th product of `steps` steps should prefetch; the same line over and over where all is done.
+inline Lines part_of(const Block& block, int64_t i, int64_t steps) {
+  const bool woven = block.groups[0].step > 1;  // the first group's memory holds the second
+  for (int g = 0; g < (woven ? 1 : block.group_count); ++g) {
+    const Columns& columns = block.groups[g];
+    const Matrix& w = block.w[g];
+    const char* begin = reinterpret_cast<const char*>(w.column(columns.first));
+    const int64_t row = w.stride * int64_t(sizeof(Weight));
+#if BRAZE_TRANSPOSED
+    const int64_t parts = (columns.count * int64_t(sizeof(Weight)) + 63) / 64 * UNIT;  // lines of a row, of UNIT rows a step
+    if (i < parts) return {begin + i / UNIT * 64 + i % UNIT * row, UNIT * row};
+#else
+    const int64_t parts = (columns.count * columns.step * row + steps * 64 - 1) / (steps * 64);
+    if (i < parts) return {begin + i * steps * 64, 64};
+#endif
+    i -= parts;
+  }
+  return {reinterpret_cast<const char*>(block.w[0].base), 0};
+}
+
+// c[m][0:NR] = rows[m] @ panel, while `ahead` is prefetched into L2.
 template <int M>
-inline void panel_tile(const Operand* const* rows, const uint32_t* panel, int64_t k, float* c) {
+inline void panel_tile(const Operand* const* rows, const uint32_t* panel, int64_t k, Lines ahead, float* c) {
   V acc[M][2];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = V(0.f);
   int64_t i = 0;
   for (; i + UNIT <= k; i += UNIT, panel += NR) {
+    __builtin_prefetch(ahead.at, 0, 2);
+    ahead.at += ahead.pitch;
     const Step b0 = load_unit(panel), b1 = load_unit(panel + L);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {

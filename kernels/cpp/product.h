@@ -7,31 +7,34 @@ struct Workspace {
   uint32_t* panels;  // [PANELS][K / UNIT][NR]
 };
 
-// rows [count] times one or two groups of columns, group i of w[i]; it lies at tile[:, i * GROUP :]. `done(first, count)` is called
-// for each run of rows once the tile holds it. More than ROWS_IN_PLACE rows take PANEL_COLUMNS columns in all.
+// rows [count] times a block, whose group i lies at tile[:, i * GROUP :]. `done(first, count)` is called for each run of rows
+// once the tile holds it. More than ROWS_IN_PLACE rows take PANEL_COLUMNS columns in all: packing them reads memory only,
+// multiplying them computes only, so what is packed next, where that is known, is brought into L2 meanwhile.
 template <class Done>
 __attribute__((always_inline)) inline void multiply(
-    const Matrix* w, const Columns* groups, int group_count, const Operand* const* rows, int64_t count,
-    const Workspace& space, Done&& done) {
+    const Block& block, const Block* next, const Operand* const* rows, int64_t count, const Workspace& space,
+    Done&& done) {
   if (count <= ROWS_IN_PLACE) {
-    (BRAZE_TRANSPOSED ? strip_block : dot_block)(w, groups, group_count, rows, count, space.tile);
+    (BRAZE_TRANSPOSED ? strip_block : dot_block)(block, rows, count, space.tile);
     done(0, count);
     return;
   }
-  const int64_t size = (depth(w->k) + UNIT - 1) / UNIT * NR;
+  const int64_t k = block.w->k, steps = (depth(k) + UNIT - 1) / UNIT, size = steps * NR;
   float* place[PANELS];
   int panels = 0;
-  for (int g = 0; g < group_count; ++g) {
-    pack(w[g], groups[g], space.panels + panels * size, size);
-    for (int64_t n = 0; n < groups[g].count; n += NR) place[panels++] = space.tile + g * GROUP + n;
+  for (int g = 0; g < block.group_count; ++g) {
+    pack(block.w[g], block.groups[g], space.panels + panels * size, size);
+    for (int64_t n = 0; n < block.groups[g].count; n += NR) place[panels++] = space.tile + g * GROUP + n;
   }
   const int64_t tiles = (count + MR - 1) / MR;
   for (int64_t t = 0, first = 0; t < tiles; ++t) {
     const int m = (count - first + tiles - t - 1) / (tiles - t);
-    for (int i = 0; i < panels; ++i)
+    for (int i = 0; i < panels; ++i) {
+      const Lines ahead = next ? part_of(*next, t * panels + i, steps) : Lines{reinterpret_cast<char*>(space.tile), 0};
       with_height<MR>(m, [&](auto height) {
-        panel_tile<height()>(rows + first, space.panels + i * size, depth(w->k), place[i]);
+        panel_tile<height()>(rows + first, space.panels + i * size, depth(k), ahead, place[i]);
       });
+    }
     done(first, m);
     first += m;
   }

@@ -61,11 +61,11 @@ def moe_source(
         "BRAZE_BF16_DOT": bf16_dot,
         "BRAZE_SEPARATE": tensors is not None,
         "BRAZE_APART": tensors is not None and tensors[0] > tensors[1],
-        "BRAZE_ROWS_IN_PLACE": _rows_in_place(dtype, transposed),
     }
     return "\n".join(
         (
             "#include <torch/csrc/inductor/cpp_prefix.h>",
+            "#include <atomic>",
             "#include <cstring>",
             "#include <tuple>",
             "#include <vector>",
@@ -111,13 +111,6 @@ def _entry(tensors: Sequence[int]) -> str:
 def renamed(source: str, name: str) -> str:
     """The source with its function and namespace named after `name`, to stand beside others in one file."""
     return source.replace("void kernel(", f"void {name}(").replace(_NAMESPACE, f"{name}_parts")
-
-
-def _rows_in_place(dtype: torch.dtype, transposed: bool) -> int:
-    """The most rows of an expert for which its weights are read as they lie rather than packed first: measured."""
-    if transposed:
-        return 24
-    return 16 if dtype == torch.bfloat16 else 32
 
 
 @cache

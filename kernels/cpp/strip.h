@@ -59,7 +59,6 @@ inline void strip_group(const Matrix& w, Columns columns, const Operand* const* 
 }
 
 // As dot_block.
-inline void strip_block(
-    const Matrix* w, const Columns* groups, int group_count, const Operand* const* rows, int count, float* c) {
-  for (int g = 0; g < group_count; ++g) strip_group(w[g], groups[g], rows, count, c + g * GROUP);
+inline void strip_block(const Block& block, const Operand* const* rows, int count, float* c) {
+  for (int g = 0; g < block.group_count; ++g) strip_group(block.w[g], block.groups[g], rows, count, c + g * GROUP);
 }

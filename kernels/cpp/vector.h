@@ -35,7 +35,7 @@ constexpr int ND = 4;                     // weight columns of a register tile o
 constexpr int NR = 2 * L;                 // columns of a panel
 constexpr int PARTS = BRAZE_SPLIT ? 2 : 1;  // vectors that one load of weights widens to
 constexpr int UNIT = BRAZE_PAIRED ? 2 : 1;  // elements along K in one 4-byte unit
-constexpr int ROWS_IN_PLACE = BRAZE_ROWS_IN_PLACE;  // the most rows for which packing weights does not pay
+constexpr int ROWS_IN_PLACE = 12;         // the most rows for which packing weights does not pay: measured
 constexpr int TILE_ROWS = ROWS_IN_PLACE > MR ? ROWS_IN_PLACE : MR;
 constexpr int PANELS = BRAZE_TRANSPOSED ? 4 : 2;  // of a task that packs
 constexpr int PANEL_COLUMNS = PANELS * NR;  // columns of a task that packs
@@ -153,4 +153,11 @@ struct Matrix {
   int64_t stride;
   int64_t k;
   const Weight* column(int64_t n) const { return base + n * (BRAZE_TRANSPOSED ? 1 : stride); }
+};
+
+// A block of one expert's columns in one or two groups of as many, group i of w[i].
+struct Block {
+  Matrix w[2];
+  Columns groups[2];
+  int group_count;
 };
