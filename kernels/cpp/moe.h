@@ -323,13 +323,23 @@ inline void second_product(
           V::loadu(sums + (t - task.begin) * stride + j) * V(p.scale), std::min<int64_t>(L, task.count - j));
 }
 
-// f(task, then) for the tasks that this thread takes from the queue; it takes the next one early, to know it.
+#ifdef _OPENMP
+inline size_t thread_number() { return omp_get_thread_num(); }
+inline size_t team_size() { return omp_get_num_threads(); }
+#else
+inline size_t thread_number() { return 0; }
+inline size_t team_size() { return 1; }
+#endif
+
+// f(task, then) for the tasks of this thread: one of the first, then from the queue whatever is next. Where `early`, it takes
+// the next one before it does this one, to know it; otherwise `then` is null, and no thread waits with two in hand.
 template <class F>
-inline void each_task(std::atomic<size_t>& queue, const std::vector<Task>& tasks, F&& f) {
-  for (size_t i = queue++; i < tasks.size();) {
-    const size_t then = queue++;
+inline void each_task(std::atomic<size_t>& queue, const std::vector<Task>& tasks, bool early, F&& f) {
+  const auto take = [&] { return team_size() + queue++; };
+  for (size_t i = thread_number(); i < tasks.size();) {
+    const size_t then = early ? take() : tasks.size();
     f(tasks[i], then < tasks.size() ? &tasks[then] : nullptr);
-    i = then;
+    i = early ? then : take();
   }
 }
 
@@ -349,6 +359,7 @@ struct Buffer {
 inline void moe(const Problem& p, const Routing& r, int threads) {
   int64_t most_rows = 1, most_tokens = 0, most_columns = 0;
   for (const int64_t e : r.used) most_rows = std::max(most_rows, r.begin[e + 1] - r.begin[e]);
+  const bool packs = most_rows > ROWS_IN_PLACE;
   const std::vector<Task> first = first_tasks(p, r, threads), second = second_tasks(p, most_rows, threads);
   for (const Task& t : second) {
     most_tokens = std::max(most_tokens, t.end - t.begin);
@@ -364,17 +375,17 @@ inline void moe(const Problem& p, const Routing& r, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     Buffer<float> tile(TILE_ROWS * TILE_STRIDE), sums(most_tokens * sum_stride);
-    Buffer<uint32_t> panels(PANELS * panel);
+    Buffer<uint32_t> panels(packs ? PANELS * panel : 0);
     const Workspace space{tile.data, panels.data};
     Rows rows;
     rows.reserve(most_rows);
     int64_t x_stride;
     const Operand* x = operand_rows(p, p.x, copy.data, &x_stride);
-    each_task(first_queue, first, [&](const Task& task, const Task* then) {
+    each_task(first_queue, first, packs, [&](const Task& task, const Task* then) {
       first_product(p, r, task, then, x, x_stride, act.data, act_stride, space, rows);
     });
 #pragma omp barrier
-    each_task(second_queue, second, [&](const Task& task, const Task* then) {
+    each_task(second_queue, second, packs, [&](const Task& task, const Task* then) {
       second_product(p, r, task, then, act.data, act_stride, sums.data, sum_stride, space, rows);
     });
   }
