@@ -336,7 +336,7 @@ def write(path: Path, cells: Sequence[Cell]) -> None:
 
 
 def growth(folder: Path, seconds: float, console: Console) -> None:
-    """Time over tokens (1 to 4096) and over experts (8 to 256): growth.csv and .json, and growth.png where matplotlib is."""
+    """Time over tokens (1 to 4096) and over experts (8 to 256): growth.csv and .json."""
     base = Shape("qwen3_moe", "Qwen3MoeSparseMoeBlock", "Qwen3MoeConfig", 512, 32, 256, 8, {"norm_topk_prob": True})
     by_tokens = list(measure("by tokens", base, torch.bfloat16, [4**n for n in range(7)], seconds))
     by_experts: list[Cell] = []
@@ -348,20 +348,6 @@ def growth(folder: Path, seconds: float, console: Console) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "growth.csv", cells)
     (folder / "growth.json").write_text(json.dumps([asdict(c) for c in cells], indent=1) + "\n")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        console.print("no plot: matplotlib is not installed (pip install 'braze[bench]')")
-        return
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, some, x in zip(figure.subplots(1, 2), (by_tokens, by_experts), ("tokens", "experts"), strict=True):
-        at = [getattr(c, x) for c in some]
-        axes.loglog(at, [c.median * c.ratio for c in some], "o-", label="best stock torch.compile", base=2)
-        axes.loglog(at, [c.median for c in some], "o-", label="braze", base=2)
-        axes.set(xlabel=x, ylabel="ms a layer")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(folder / "growth.png", dpi=120)
 
 
 def main() -> None:
@@ -373,7 +359,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,8,128,512")
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--seconds", type=float, default=3.0, help="a cell's time, compilation not counted")
-    parser.add_argument("--growth", type=Path, metavar="FOLDER", help="instead: growth.csv, .json and .png there")
+    parser.add_argument("--growth", type=Path, metavar="FOLDER", help="instead: growth.csv and .json there")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     console = Console(width=130)

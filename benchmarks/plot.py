@@ -1,4 +1,4 @@
-"""benchmarks/results/*_h100.json as curves over the number of tokens: a .csv and a .png beside each file.
+"""benchmarks/results/*_h100.json as curves over the number of tokens, a .csv and a .png beside each file; growth.json too.
 
 python benchmarks/plot.py
 """
@@ -63,6 +63,24 @@ def draw(name: str, cells: Cells) -> None:
     figure.savefig(RESULTS / f"{name}.png", dpi=90, metadata={"Software": None})
 
 
+def draw_growth(cells: Cells) -> None:
+    """Milliseconds of a layer on CPU over tokens and over experts, braze's and the best stock form's."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, x in zip(figure.subplots(1, 2), ("tokens", "experts"), strict=True):
+        own = [c for c in cells if c["shape"] == f"by {x}"]
+        at = [c[x] for c in own]
+        axes.plot(at, [c["median"] * c["ratio"] for c in own], "o-", label="best stock torch.compile", markersize=3)
+        axes.plot(at, [c["median"] for c in own], "o-", label="braze", markersize=3)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set(xlabel=x, ylabel="ms a layer")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(RESULTS / "growth.png", dpi=90, metadata={"Software": None})
+
+
 def main() -> None:
     for name in PANELS:
         file = RESULTS / f"{name}.json"
@@ -70,6 +88,8 @@ def main() -> None:
             cells = [flat(c) for c in json.loads(file.read_text())]
             write(name, cells)
             draw(name, cells)
+    if (RESULTS / "growth.json").exists():
+        draw_growth(json.loads((RESULTS / "growth.json").read_text()))
 
 
 if __name__ == "__main__":
