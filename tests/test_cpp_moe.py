@@ -1,6 +1,12 @@
 """The C++ experts kernel against the float64 reference: storage, edges of every size, corners of routing."""
 
+import ctypes
 import itertools
+import platform
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,6 +124,36 @@ def test_vectors_of_256_bits(dtype: torch.dtype, transposed: bool) -> None:
         for tokens, hidden, inner in ((1, 64, 32), (2, 71, 37), (9, 71, 37), (150, 130, 48)):
             check(inputs(spec, dtype, tokens, hidden=hidden, inner=inner, bias=torch.float32), spec)
     moe._build.cache_clear()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs g++ for x86-64")
+@pytest.mark.parametrize(("dtype", "transposed"), [(torch.bfloat16, False), (torch.float16, True)], ids=str)
+def test_machine_code_without_avx512(tmp_path: Path, dtype: torch.dtype, transposed: bool) -> None:
+    """The same text compiled for a CPU that has no instruction beyond AVX2, FMA and F16C."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    spec = MoeSpec(transposed=transposed)
+    text, library = tmp_path / "kernel.cpp", tmp_path / "kernel.so"
+    text.write_text(source.moe_source(dtype, spec.layout, transposed, spec.activation, bf16_dot=True))
+    subprocess.run(
+        [
+            "g++", "-O1", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-march=haswell", "-DCPU_CAPABILITY=AVX2",
+            "-DCPU_CAPABILITY_AVX2", "-DTORCH_INDUCTOR_CPP_WRAPPER", "-DSTANDALONE_TORCH_HEADER",
+            *(f"-I{p}" for p in (*include_paths(), sysconfig.get_paths()["include"])),
+            str(text), "-o", str(library), *(f"-L{p}" for p in library_paths()), "-ltorch_cpu", "-lc10",
+        ],
+        check=True,
+    )  # fmt: skip
+    kernel = ctypes.CDLL(str(library)).kernel
+    for tokens, hidden, inner in ((1, 64, 32), (9, 71, 37), (60, 130, 48)):
+        args = inputs(spec, dtype, tokens, experts=3, hidden=hidden, inner=inner)
+        x, ids, weights, w1, w2, _, _ = args
+        out = torch.zeros(tokens, hidden, dtype=dtype)
+        *numbers, scale = moe.numbers(*args, spec)
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (out, x, ids, weights, w1, w2, x, x)]
+        kernel(*pointers, *map(ctypes.c_int64, numbers), ctypes.c_float(scale))
+        want = expected(args, spec)
+        assert (out.double() - want).abs().max().item() <= BOUND[dtype] * want.abs().max().item()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
