@@ -14,6 +14,8 @@ from braze.kernels.expression import apply_torch
 from braze.kernels.spec import MoeSpec
 from braze.kernels.triton import activation, compat, moe
 from braze.kernels.triton.choose_config import CONFIGS, FEW, Config, Problem, Tile, choose_config, model
+from braze.lowering import inductor
+from braze.lowering.lower import lower
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -339,6 +341,40 @@ def test_a_planned_call_is_captured() -> None:
     got.fill_(7.0)
     graph.replay()
     assert torch.equal(got, want)
+
+
+@needs_device
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_inductor_understands_what_launches_write(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise it takes every input for written, weights too."""
+    from torch._higher_order_ops import triton_kernel_wrap
+
+    told: list[Any] = []
+    monkeypatch.setattr(triton_kernel_wrap.log, "warning", lambda *text, **_: told.append(text))
+    x, _, _, w1, w2, _, _ = make(Case(tokens=tokens, experts=16, hidden=128, intermediate=128))
+    logits = torch.randn(tokens, 16, device=DEVICE)
+    chosen: list[str] = []
+
+    def layer(x: Tensor, logits: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        weights, ids = torch.ops.braze.route(logits, top_k=2, renorm="add", eps=1e-20)
+        y: Tensor = torch.ops.braze.moe(x, ids, weights, w1, w2)
+        return y + x
+
+    def transform(graph: torch.fx.Graph) -> None:
+        ops = (torch.ops.braze.moe.default, torch.ops.braze.route.default)
+        calls = [n for op in ops for n in graph.find_nodes(op="call_function", target=op)]
+        chosen.extend(kernel for kernel, _ in lower(calls, {}))
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        return inductor.compile_graph(graph, inputs, transform, "test", {"force_disable_caches": True})
+
+    want = layer(x, logits, w1, w2)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        got = torch.compile(layer, backend=backend, dynamic=False)(x, logits, w1, w2)
+    assert chosen == ["triton", "triton"]
+    assert (got.double() - want.double()).norm() / want.double().norm() < 6e-3
+    assert not [text for text in told if "every input is mutated" in str(text)]
 
 
 @needs_device

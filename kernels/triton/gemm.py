@@ -229,7 +229,7 @@ def _tile(
     if not FIRST:
         if WEIGHT:
             y = y * factor
-        y = y * scale.to(tl.float32)  # inside a graph a number comes as float64
+        y = y * tl.cast(scale, tl.float32)  # inside a graph a number comes as float64
         if DIRECT:
             y = tl.where(there, y, 0.0)
     target = out + (block % SPLIT).to(tl.int64) * out_split

@@ -120,7 +120,7 @@ def moe_vector_down(
         total += tl.load(bias + e * bias_expert + column, mask=live, other=0.0).to(tl.float32)
     if WEIGHT:
         total *= tl.load(weight + slot, mask=there, other=0.0).to(tl.float32)
-    total = tl.where(live, total, 0.0) * scale.to(tl.float32)  # inside a graph a number comes as float64
+    total = tl.where(live, total, 0.0) * tl.cast(scale, tl.float32)  # inside a graph a number comes as float64
     if COMBINE:
         n = tl.program_id(0) * COLS + tl.arange(0, COLS)
         y = tl.sum(tl.reshape(total, (SLOTS, COLS)), 0)
