@@ -22,7 +22,7 @@ from torch import Tensor
 
 from braze.kernels.spec import MoeSpec
 from braze.kernels.triton import compat, moe
-from braze.kernels.triton.choose_config import Config, Problem, Tile, choose_config, user_folder
+from braze.kernels.triton.choose_config import Config, Problem, Tile, apart, choose_config, user_folder
 
 L2_BYTES = 50 * 2**20
 SHARED_BYTES = 227 * 2**10
@@ -142,9 +142,24 @@ def tiles(rows: int, direct: bool) -> list[Tile]:
     return [t for t in found if (rows + t.columns) * t.inner * 2 * t.stages <= SHARED_BYTES]
 
 
+def vector_tiles(p: Problem) -> tuple[list[Tile], list[Tile]]:
+    """Tiles of both products worth measuring for `vector`: rows of weights, elements of each at a time, and warps."""
+    pair = 2 if p.gated else 1
+    up = [(4, 1024, 4), (8, 512, 4), (8, 512, 8), (2, 1024, 4), (2, 2048, 4), (4, 2048, 8), (4, 512, 4)]
+    down = [(8, 1024, 4), (8, 512, 4), (16, 512, 8), (16, 256, 2), (32, 256, 4), (16, 256, 4), (8, 512, 2)]
+    slots = 1 << (p.top_k - 1).bit_length()
+    seconds = [Tile(max(1, rows // slots), inner, warps, 1) for rows, inner, warps in down]
+    return [Tile(pair * cols, inner, warps, 1) for cols, inner, warps in up], seconds
+
+
 def sweeps(p: Problem) -> list[tuple[list[Config], list[Config]]]:
     """For each kind of tile rows, configs that differ in the first product's tile, and in the second's."""
     found = []
+    if apart(p):
+        firsts, seconds = vector_tiles(p)
+        found.append(
+            ([Config(1, True, t, seconds[0]) for t in firsts], [Config(1, True, firsts[0], t) for t in seconds])
+        )
     for rows in tile_rows(p):
         for direct in (True, False):
             if (direct and p.tokens * p.top_k > 64) or (not direct and p.tokens * p.top_k <= 16):
@@ -165,6 +180,7 @@ def problem(shape: Shape, tokens: int) -> Problem:
     return Problem(
         tokens, shape.top_k, shape.experts, shape.hidden, shape.intermediate, shape.spec.layout != "none",
         shape.dtype.itemsize, compat.device_name(device), compat.processors(device),
+        vector=not shape.spec.transposed,
     )  # fmt: skip
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+FEW = 4  # tokens up to which experts may be read for each alone
+APART = 0.938  # of their experts at least that are different ones, by what an H100 took
 DIRECT_ROWS = 16  # T*k up to which programs find their rows from the ids alone
 XPU = ("pvc", "bmg", "xpu", "generic")
 LARGE = ("h100", "h200", "b200")  # 227 KiB of shared memory, tile copies in hardware
@@ -38,8 +40,8 @@ class Tile:
 
 @dataclass(frozen=True)
 class Config:
-    """rows: of both products' tiles; direct: rows are found from the ids, without a sort; permute: x's rows are copied in
-    the order of their experts first, so that hardware can copy or load tiles of them."""
+    """rows: of both products' tiles, 1 for `vector`; direct: rows are found from the ids, without a sort; permute:
+    x's rows are copied in the order of their experts first, so that hardware can copy or load tiles of them."""
 
     rows: int
     direct: bool
@@ -60,7 +62,7 @@ class Problem:
     """tokens, top_k, experts, hidden, intermediate; gated: two columns of the first weight for each of its result;
     element: bytes; device: as in the names of the config files; processors: of the device; layout: of gate and up; reads:
     how an XPU reads weights, "rows" or "columns" in blocks (whichever the inner dimension is), or by "pointers"; result: bytes
-    of an element of the result."""
+    of an element of the result; vector: whether `vector` can take such weights."""
 
     tokens: int
     top_k: int
@@ -74,6 +76,7 @@ class Problem:
     layout: str = "halves"
     reads: str = "rows"
     result: int = 2
+    vector: bool = False
 
     @property
     def shape(self) -> str:
@@ -108,10 +111,19 @@ def _choose(problem: Problem, folders: tuple[Path, ...]) -> Config:
     for folder in folders:
         by_tokens = _tuned(folder, problem.device).get(problem.shape)
         if by_tokens:
-            rows = max(1, problem.tokens)
+            rows = 1 if apart(problem) else max(1, problem.tokens)
             nearest = min(by_tokens, key=lambda t: max(int(t), rows) / min(int(t), rows))
-            return Config.of(by_tokens[nearest])
+            found = Config.of(by_tokens[nearest])
+            if found.rows > 1 or apart(problem):
+                return found
+            break
     return model(problem)
+
+
+def apart(p: Problem) -> bool:
+    """Whether `vector` pays: hardly two of a few tokens can be expected to share an expert, whose weights it reads twice."""
+    used = p.experts * (1 - (1 - p.top_k / p.experts) ** p.tokens)
+    return p.vector and 1 <= p.tokens <= FEW and used >= APART * p.tokens * p.top_k
 
 
 def model(p: Problem) -> Config:
@@ -123,6 +135,8 @@ def model(p: Problem) -> Config:
     direct = rows <= DIRECT_ROWS
     if p.device in XPU:
         return xpu_tiles.choose(p, direct)
+    if apart(p):
+        return Config(1, True, *_vector(p))
     if p.element == 4 or p.device not in LARGE:
         tile = Tile(64, 32, 4, 2) if p.element == 4 else Tile(128, 32, 8, 2) if each > 14 else Tile(64, 64, 4, 2)
         return Config(64 if each > 14 else 16, direct, tile, tile)
@@ -142,6 +156,21 @@ def model(p: Problem) -> Config:
         return Config(128, False, wide, Tile(128, 64, 4, 3, group=16, descriptors=True, halves=True))
     first = Tile(256, 64, 8, 4, group=16, programs=1, descriptors=True)
     return Config(128, False, first, Tile(256, 64, 8, 3, group=16, descriptors=True))
+
+
+def _vector(p: Problem) -> tuple[Tile, Tile]:
+    """Tiles for few tokens: a few rows of weights a program, of a length that leaves few lanes idle, 8192 elements at most."""
+    length = _length(p.intermediate)
+    slots = 1 << (p.top_k - 1).bit_length()
+    rows = max(slots, 8 if length >= 512 else 32)
+    first = Tile(8 if p.gated else 4, _length(p.hidden), 4, 1)
+    return first, Tile(rows // slots, min(length, 8192 // rows), 4, 1)
+
+
+def _length(inner: int) -> int:
+    """Elements of a row that a program reads at a time."""
+    fits = (n for n in (1024, 512, 256) if -(-inner // n) * n <= 1.1 * inner)
+    return next(fits, 256)
 
 
 def _streaming(p: Problem, active: int) -> tuple[Tile, Tile]:

@@ -172,6 +172,7 @@ def xpu_options(warps: int, registers: int, version: tuple[int, int]) -> dict[st
     return {"grf_mode": old[registers] if version <= LAST_WITH_SMALL_AND_LARGE else str(registers)}
 
 
+ARRIVALS = 1024  # blocks of columns whose parts can be counted in one call
 LANES = 16  # of an XPU's warp
 HELD = 32  # elements of a kernel's largest tile that each of them holds without a spill
 

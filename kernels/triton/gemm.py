@@ -7,10 +7,11 @@ elementwise happens on the float32 accumulator. A tile at most half full takes h
 import triton
 import triton.language as tl
 
+from braze.kernels.triton import compat
 from braze.kernels.triton.intrinsics import launch_dependents, wait
 from braze.kernels.triton.rows import direct, listed, prefetch_weights, zero_rows
 
-ARRIVALS = tl.constexpr(1024)  # blocks of columns that can be counted
+ARRIVALS = tl.constexpr(compat.ARRIVALS)
 
 
 @triton.jit
@@ -228,7 +229,7 @@ def _tile(
     if not FIRST:
         if WEIGHT:
             y = y * factor
-        y = y * scale.to(tl.float32)  # inside a graph a number comes as float64
+        y = y * tl.cast(scale, tl.float32)  # inside a graph a number comes as float64
         if DIRECT:
             y = tl.where(there, y, 0.0)
     target = out + (block % SPLIT).to(tl.int64) * out_split
@@ -287,37 +288,3 @@ def _sum_by_last(
                 part = y + s * y_split + j * y_row + n
                 total += tl.load(part, mask=n < columns, other=0.0, cache_modifier=".cg").to(tl.float32)
         tl.store(result + n, total.to(result.dtype.element_ty), mask=n < columns)
-
-
-@triton.jit
-def moe_permute(
-    x, copy, order, rows, hidden, x_row, TOP_K: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr, OVERLAP: tl.constexpr
-):
-    """copy[i] = x[order[i] // TOP_K]."""
-    if OVERLAP:
-        launch_dependents()
-        wait()
-    i = tl.program_id(0) * BR + tl.arange(0, BR)
-    h = tl.program_id(1) * BH + tl.arange(0, BH)
-    row = tl.load(order + i, mask=i < rows, other=0) // TOP_K
-    mask = (i < rows)[:, None] & (h < hidden)[None, :]
-    value = tl.load(x + row.to(tl.int64)[:, None] * x_row + h[None, :], mask=mask)
-    tl.store(copy + i.to(tl.int64)[:, None] * hidden + h[None, :], value, mask=mask)
-
-
-@triton.jit
-def moe_combine(
-    y, out, hidden, split, TOP_K: tl.constexpr, SPLIT: tl.constexpr, BH: tl.constexpr, OVERLAP: tl.constexpr
-):
-    """out[t] = sum over the SPLIT * TOP_K parts y[s, t, j], always in the same order."""
-    if OVERLAP:
-        wait()
-    token = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * BH + tl.arange(0, BH)
-    total = tl.zeros((BH,), tl.float32)
-    source = y + token * TOP_K * hidden + h
-    for _ in tl.static_range(SPLIT):
-        for j in tl.static_range(TOP_K):
-            total += tl.load(source + j * hidden, mask=h < hidden, other=0.0).to(tl.float32)
-        source += split
-    tl.store(out + token * hidden + h, total.to(out.dtype.element_ty), mask=h < hidden)

@@ -2,6 +2,7 @@
 
 Only the [T*k, I] activations and the [T*k, H] results pass through memory; rows of x are gathered inside the first product.
 For few rows there is no sort, and for k = 1 or one token the second product writes the result itself: two to five launches.
+One token on CUDA, or few, takes two launches of its own where weights are contiguous along what is summed over (`vector`).
 """
 
 from collections.abc import Callable
@@ -21,7 +22,6 @@ from braze.kernels.triton.compat import Start
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_EXPERTS = 2046
 MAX_DIRECT_ROWS = 1024
-ARRIVALS = 1024  # as in `gemm`: blocks of columns that can be counted
 
 
 #: Called with rows [T*k, N], which it may change in place, and their order [T*k]: row r is slot order[r] % k of token
@@ -120,10 +120,12 @@ def run(
     reason = supports(x, ids, weights, w1, w2, b1, b2, spec)
     if reason is not None:
         raise ValueError(f"moe: {reason}")
-    result = _result(x, ids, spec, combine) if out is None else out
-    shape, dtype = (x.shape if combine else (*ids.shape, x.shape[1])), spec.out_dtype or x.dtype
-    if (result.shape, result.dtype, result.is_contiguous()) != (shape, dtype, True):
-        raise ValueError(f"moe: the result needs a contiguous tensor {tuple(shape)} of {dtype} to be written to")
+    result = _result(x, ids, spec, combine)
+    if out is not None:
+        if (out.shape, out.dtype, out.is_contiguous()) != (result.shape, result.dtype, True):
+            shape = tuple(result.shape)
+            raise ValueError(f"moe: the result needs a contiguous tensor {shape} of {result.dtype} to be written to")
+        result = out
     overlap = compat.overlaps_launches(x.device)
     recorder = plan.Recorder((*given[:-1], result)) if key is not None else None
     launch(
@@ -158,6 +160,7 @@ def problem(x: Tensor, ids: Tensor, w1: Tensor, w2: Tensor, spec: MoeSpec) -> Pr
         layout=spec.layout,
         result=(spec.out_dtype or x.dtype).itemsize,
         reads=("rows" if up.stride(2) == 1 else "columns") if blocks else "pointers",
+        vector=compat.platform(x.device) == "cuda" and up.stride(2) == down.stride(2) == 1,
     )
 
 
@@ -222,7 +225,13 @@ def launch(
         out = _result(x, ids, spec, combine)
     if rows == 0:
         return out.zero_()
-    config = config or choose_config(problem(x, ids, w1, w2, spec))
+    sizes = problem(x, ids, w1, w2, spec)
+    sizes = replace(sizes, vector=sizes.vector and hooks == NO_HOOKS)
+    config = config or choose_config(sizes)
+    if config.rows == 1 and not (sizes.vector and rows <= MAX_DIRECT_ROWS):
+        raise ValueError(
+            "moe: single rows are for few tokens, no hooks, and weights contiguous along what is summed over"
+        )
     if not combine:
         config = replace(config, second=replace(config.second, split=1))
     if hooks != NO_HOOKS:
@@ -230,13 +239,17 @@ def launch(
     up = w1.transpose(1, 2) if spec.transposed else w1
     down = w2.transpose(1, 2) if spec.transposed else w2
     ids, weights = ids.contiguous(), weights.contiguous()
+    if config.rows == 1:
+        from braze.kernels.triton import vector
+
+        return vector.launch(x, ids, weights, up, down, b1, b2, spec, config, out, combine, start, overlap)
     found = prepare(ids, w1.shape[0], config, start, overlap)
 
     split = config.second.split
     # One token's parts are summed by the program that finishes the last of them: a launch less.
-    counted = tokens == 1 < k * split and combine and found.direct and hidden <= ARRIVALS * config.second.columns
+    counted = tokens == 1 < k * split and combine and found.direct and hidden <= compat.ARRIVALS * config.second.columns
     sums = counted and compat.platform(x.device) == "cuda"
-    arrivals = x.new_empty(ARRIVALS, dtype=torch.int32) if sums else None
+    arrivals = x.new_empty(compat.ARRIVALS, dtype=torch.int32) if sums else None
     h, arrivals = _activations(x, up, b1, found, weights, spec, config, hooks, arrivals, start, overlap)
     alone = split == 1 and (k == 1 or not combine)
     # Partial sums are kept in float32; whole results of an expert are rounded as the result is.
@@ -251,7 +264,11 @@ def launch(
     y, *summed = _product(second, found, weights, "", config, start, overlap)
     if sums:
         return summed[-1]
-    return y.view(out.shape) if alone else _combine(y, out, k, start, overlap)
+    if alone:
+        return y.view(out.shape)
+    from braze.kernels.triton.combine import combine as sum_up
+
+    return sum_up(y, out, k, start, overlap)
 
 
 def _activations(
@@ -259,9 +276,11 @@ def _activations(
     arrivals: Tensor | None, start: Start, overlap: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The first product and the activation [T*k, I], in the order of the call's rows; and `arrivals`, set to 0."""
+    from braze.kernels.triton.combine import permute
+
     rows, columns = found.ids.numel(), up.shape[1]
     gathers = found.direct or not config.permute
-    a = x if gathers else _permute(x, found, start, overlap)
+    a = x if gathers else permute(x, found.order, found.ids.shape[1], start, overlap)
     first = Product(a, up, bias, x, True, spec.weight_on == "input", spec.layout, 1.0, config.first, gathers)
     if hooks.gate_up is None:
         first = replace(first, out=x.new_empty(1, rows, columns if spec.layout == "none" else columns // 2))
@@ -356,23 +375,6 @@ def _product(
     )  # fmt: skip
 
 
-def _permute(x: Tensor, found: Rows, start: Start, overlap: bool) -> Tensor:
-    """x's rows in the order of the call's rows [T*k, H]."""
-    import triton
-
-    from braze.kernels.triton.gemm import moe_permute
-
-    rows, hidden = found.order.numel(), x.shape[1]
-    copy = x.new_empty(rows, hidden)
-    block = min(1024, triton.next_power_of_2(hidden))
-    grid = (triton.cdiv(rows, 4), triton.cdiv(hidden, block))
-    constants = {"TOP_K": found.ids.shape[1], "BR": 4, "BH": block, "OVERLAP": overlap}
-    arguments = (x, copy, found.order, rows, hidden, x.stride(0))
-    return start(
-        moe_permute, grid, arguments, constants, ["copy"], warps=compat.spread(x, 4 * block, 4), overlap=overlap
-    )[0]
-
-
 def _stored(p: Product, cols: int, w_rows: bool) -> tuple[Tensor, tuple[int, ...]]:
     """The weight as a descriptor sees it, last stride 1, and the box of one load; gate and up in one where they can be."""
     if not w_rows:
@@ -380,25 +382,3 @@ def _stored(p: Product, cols: int, w_rows: bool) -> tuple[Tensor, tuple[int, ...
     if p.layout == "halves":
         return p.w.unflatten(1, (2, -1)), (1, 2, cols, p.tile.inner)
     return p.w, (1, p.tile.columns, p.tile.inner)
-
-
-def _combine(y: Tensor, out: Tensor, top_k: int, start: Start, overlap: bool) -> Tensor:
-    import triton
-
-    from braze.kernels.triton.gemm import moe_combine
-
-    split, _, hidden = y.shape
-    tokens = out.shape[0]
-    block = 256 if tokens < 16 else min(1024, triton.next_power_of_2(hidden))
-    constants = {"TOP_K": top_k, "SPLIT": split, "BH": block, "OVERLAP": overlap}
-    grid = (tokens, triton.cdiv(hidden, block))
-    (out,) = start(
-        moe_combine,
-        grid,
-        (y, out, hidden, y.stride(0)),
-        constants,
-        ["out"],
-        warps=compat.spread(y, 4 * block, max(1, block // 256)),
-        overlap=overlap,
-    )
-    return out

@@ -114,9 +114,10 @@ if HAVE_TRITON:
         weight = tl.where(used, _scores(picked, peak, total, SCORING), 0.0)
         if RENORM != "no":
             norm = tl.sum(weight, 1)[:, None]
-            weight /= norm + eps.to(tl.float32) if RENORM == "add" else tl.maximum(norm, eps.to(tl.float32))
+            least = tl.cast(eps, tl.float32)
+            weight /= norm + least if RENORM == "add" else tl.maximum(norm, least)
         out = row.to(tl.int64) * (TOP_K + SHARED) + column
-        tl.store(weights + out, (weight * scale.to(tl.float32)).to(weights.dtype.element_ty), mask=used)
+        tl.store(weights + out, (weight * tl.cast(scale, tl.float32)).to(weights.dtype.element_ty), mask=used)
         out = row.to(tl.int64) * TOP_K + column
         tl.store(ids + out, chosen.to(ids.dtype.element_ty), mask=inside & (column < TOP_K))
 

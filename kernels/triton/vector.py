@@ -1,0 +1,177 @@
+"""Experts of so few tokens that hardly two share one: weights times a vector, each weight from memory into registers once.
+
+A few rows of weights make a program of either product; the second takes those rows of all of a token's experts, so it sums
+them itself, in a fixed order. Its first weights are under way while the first product still runs.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from braze.kernels.spec import MoeSpec
+from braze.kernels.triton import activation as activations
+from braze.kernels.triton.choose_config import Config
+from braze.kernels.triton.compat import Start
+from braze.kernels.triton.intrinsics import launch_dependents, wait
+
+
+@triton.jit
+def activation(g, u):
+    """Stands for the activation of the first product: `braze.kernels.triton.activation.bind` puts another in its place."""
+    return g * u
+
+
+@triton.jit
+def moe_vector_up(
+    x, w, bias, weight, out, ids, inner, columns, experts, x_row, w_expert, w_column, bias_expert,
+    TOP_K: tl.constexpr, COLS: tl.constexpr, BK: tl.constexpr, LAYOUT: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr,
+    EVEN_K: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """out[row] = activation(x[row // k] @ w[ids[row]] + bias), COLS columns: x [T, inner], w [E, N, inner] -> [T * k, columns].
+
+    LAYOUT: of gate and up among w's N columns. WEIGHT: the router's weight is on the input. Nothing is written for an id that
+    is none. OVERLAP: the launches of a call may overlap.
+    """
+    if OVERLAP:
+        wait()
+        launch_dependents()  # only now: the second product reads ids before it waits
+    this = tl.program_id(1)
+    n0 = tl.program_id(0) * COLS
+    expert = tl.load(ids + this)
+    if (expert >= 0) & (expert < experts):
+        R: tl.constexpr = COLS if LAYOUT == "none" else 2 * COLS
+        e = expert.to(tl.int64)
+        j = tl.arange(0, R)
+        if LAYOUT == "halves":
+            column = n0 + j % COLS + j // COLS * columns
+            fits = n0 + j % COLS < columns
+        elif LAYOUT == "interleaved":
+            column = 2 * n0 + j
+            fits = column < 2 * columns
+        else:
+            column = n0 + j
+            fits = column < columns
+        k = tl.arange(0, BK)
+        row = w + e * w_expert + column.to(tl.int64)[:, None] * w_column + k[None, :]
+        x += (this // TOP_K).to(tl.int64) * x_row
+        acc = tl.zeros((R, BK // 8), tl.float32)
+        for k0 in range(0, inner, BK):
+            inside = k0 + k < inner
+            mask = fits[:, None] if EVEN_K else fits[:, None] & inside[None, :]
+            part = tl.load(row + k0, mask=mask, other=0.0)
+            vector = tl.load(x + k0 + k, mask=inside, other=0.0)
+            acc += _products(part, vector[None, :], R, BK)
+        total = tl.sum(acc, 1)
+        if WEIGHT:
+            total *= tl.load(weight + this).to(tl.float32)
+        if BIAS:
+            total += tl.load(bias + e * bias_expert + column, mask=fits, other=0.0).to(tl.float32)
+        if LAYOUT == "halves":
+            g, u = tl.split(tl.permute(tl.reshape(total, (2, COLS)), (1, 0)))
+            y = activation(g, u)
+        elif LAYOUT == "interleaved":
+            g, u = tl.split(tl.reshape(total, (COLS, 2)))
+            y = activation(g, u)
+        else:
+            y = activation(total, total)
+        n = n0 + tl.arange(0, COLS)
+        tl.store(out + this.to(tl.int64) * columns + n, y.to(out.dtype.element_ty), mask=n < columns)
+
+
+@triton.jit
+def moe_vector_down(
+    a, w, bias, weight, out, ids, inner, columns, experts, scale, w_expert, w_column, bias_expert,
+    TOP_K: tl.constexpr, SLOTS: tl.constexpr, COLS: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
+    WEIGHT: tl.constexpr, EVEN_K: tl.constexpr, COMBINE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """out[t] = scale * sum_j weight * (a[row] @ w[ids[row]] + bias), row = t * k + j, COLS columns: a [T * k, inner],
+    w [E, columns, inner].
+
+    SLOTS: a power of two >= TOP_K. COMBINE: out is [T, columns]; otherwise [T * k, columns], each row's own result.
+    """
+    token = tl.program_id(1).to(tl.int64)
+    ids += token * TOP_K
+    weight += token * TOP_K
+    a += token * TOP_K * inner
+    out += token * columns if COMBINE else token * TOP_K * columns
+    R: tl.constexpr = SLOTS * COLS
+    j = tl.arange(0, R)
+    slot = j // COLS
+    column = tl.program_id(0) * COLS + j % COLS
+    expert = tl.load(ids + slot, mask=slot < TOP_K, other=-1)
+    there = (expert >= 0) & (expert < experts)
+    e = tl.where(there, expert, 0).to(tl.int64)
+    live = there & (column < columns)
+    k = tl.arange(0, BK)
+    row = w + e[:, None] * w_expert + column.to(tl.int64)[:, None] * w_column + k[None, :]
+    vector = a + tl.where(there, slot, 0)[:, None] * inner + k[None, :]
+    first = live[:, None] if EVEN_K else live[:, None] & (k < inner)[None, :]
+    part = tl.load(row, mask=first, other=0.0)
+    if OVERLAP:
+        wait()
+        launch_dependents()
+    acc = _products(part, tl.load(vector, mask=first, other=0.0), R, BK)
+    for k0 in range(BK, inner, BK):
+        mask = live[:, None] if EVEN_K else live[:, None] & (k0 + k < inner)[None, :]
+        part = tl.load(row + k0, mask=mask, other=0.0)
+        acc += _products(part, tl.load(vector + k0, mask=mask, other=0.0), R, BK)
+    total = tl.sum(acc, 1)
+    if BIAS:
+        total += tl.load(bias + e * bias_expert + column, mask=live, other=0.0).to(tl.float32)
+    if WEIGHT:
+        total *= tl.load(weight + slot, mask=there, other=0.0).to(tl.float32)
+    total = tl.where(live, total, 0.0) * tl.cast(scale, tl.float32)  # inside a graph a number comes as float64
+    if COMBINE:
+        n = tl.program_id(0) * COLS + tl.arange(0, COLS)
+        y = tl.sum(tl.reshape(total, (SLOTS, COLS)), 0)
+        tl.store(out + n, y.to(out.dtype.element_ty), mask=n < columns)
+    else:
+        target = out + slot * columns + column
+        tl.store(target, total.to(out.dtype.element_ty), mask=(slot < TOP_K) & (column < columns))
+
+
+@triton.jit
+def _products(part, vector, R: tl.constexpr, BK: tl.constexpr):
+    """Products of rows with a vector, summed over the 8 that one thread has side by side: [R, BK // 8]."""
+    return tl.sum(tl.reshape(part.to(tl.float32) * vector.to(tl.float32), (R, BK // 8, 8)), 2)
+
+
+def launch(
+    x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor, b1: Tensor | None, b2: Tensor | None,
+    spec: MoeSpec, config: Config, out: Tensor, combine: bool, start: Start, overlap: bool,
+) -> Tensor:  # fmt: skip
+    """x [T, H], ids and weights [T, k] -> out, [T, H] or, without combine, [T, k, H].
+
+    up [E, N, H] and down [E, H, I], whose last strides are 1. config: its tiles' columns, inner and warps.
+    """
+    tokens, k = ids.shape
+    hidden = x.shape[1]
+    experts, _, inner = down.shape
+    first, second = config.first, config.second
+    cols = first.columns if spec.layout == "none" else first.columns // 2
+    h = x.new_empty(tokens * k, inner)
+    constants = {
+        "TOP_K": k, "COLS": cols, "BK": first.inner, "LAYOUT": spec.layout, "BIAS": b1 is not None,
+        "WEIGHT": spec.weight_on == "input", "EVEN_K": hidden % first.inner == 0, "OVERLAP": overlap,
+    }  # fmt: skip
+    (h,) = start(
+        activations.bind(moe_vector_up, spec.activation), (triton.cdiv(inner, cols), tokens * k),
+        (
+            x, up, up if b1 is None else b1, weights, h, ids, hidden, inner, experts, x.stride(0),
+            up.stride(0), up.stride(1), 0 if b1 is None else b1.stride(0),
+        ),
+        constants, ["out"], warps=first.warps, overlap=overlap,
+    )  # fmt: skip
+    constants = {
+        "TOP_K": k, "SLOTS": triton.next_power_of_2(k), "COLS": second.columns, "BK": second.inner, "BIAS": b2 is not None,
+        "WEIGHT": spec.weight_on == "output", "EVEN_K": inner % second.inner == 0, "COMBINE": combine, "OVERLAP": overlap,
+    }  # fmt: skip
+    (out,) = start(
+        moe_vector_down, (triton.cdiv(hidden, second.columns), tokens),
+        (
+            h, down, down if b2 is None else b2, weights, out, ids, inner, hidden, experts, spec.scale,
+            down.stride(0), down.stride(1), 0 if b2 is None else b2.stride(0),
+        ),
+        constants, ["out"], warps=second.warps, overlap=overlap,
+    )  # fmt: skip
+    return out
