@@ -29,6 +29,7 @@ import braze  # noqa: F401  (defines the op)
 from braze.backend import collect
 from braze.kernels.spec import RopeSpec
 from braze.kernels.triton import rope as triton_rope
+from braze.kernels.turning import Norm
 
 Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
 Function = Callable[..., Any]
@@ -145,7 +146,7 @@ def kernel(variant: Variant, **knobs: Any) -> Function:
 
     def run(q: Tensor, k: Tensor, a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> Any:
         q, k = (x.view(*x.shape[:-1], -1, variant.size).transpose(1, 2) for x in (q, k))
-        norm = None if variant.norm is None else triton_rope.Norm(EPS, a, b, variant.norm is rms_norm_plus_one)
+        norm = None if variant.norm is None else Norm(EPS, a, b, variant.norm is rms_norm_plus_one)
         if cos.is_complex():
             cos, sin = torch.view_as_real(cos).unbind(-1)
         return triton_rope.run(q, k, cos[:, 0], sin[:, 0], variant.spec, norm=norm, **knobs)

@@ -5,7 +5,6 @@ RMSNorm over the head before the rotation costs no more memory traffic, since th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from braze.kernels.spec import RopeSpec
 from braze.kernels.triton import compat
 from braze.kernels.triton.compat import HAVE_TRITON, Start
+from braze.kernels.turning import Norm, Rows
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_SIZE = 512
@@ -176,35 +176,6 @@ if HAVE_TRITON:
                 heads, block - Q_BLOCKS, cos_row, sin_row, SIZE, START, HALF, PAIRS, K_COLUMNS, K_HEADS, IN, OUT, WIDE, STEP,
                 INVERSE, NORM, WEIGHT, ONE, EPS,
             )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Norm:
-    """An RMSNorm over the whole head before the rotation: x / sqrt(mean(x^2) + eps), times weight or 1 + weight.
-
-    Weights are [D], both or neither; add_one says that they are stored less one.
-    """
-
-    eps: float
-    q_weight: Tensor | None = None
-    k_weight: Tensor | None = None
-    add_one: bool = False
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where k's tokens go instead of a tensor of their own: rows of a cache, whose other elements stay.
-
-    strides are the cache's for (batch, row, head); a token's row is first + its place in S, or index[place], an int32 or
-    int64 tensor, counted from the end of `count` rows where negative, at index_strides for (batch, token).
-    """
-
-    cache: Tensor
-    strides: tuple[Any, Any, Any]
-    count: Any
-    first: Any = 0
-    index: Tensor | None = None
-    index_strides: tuple[Any, Any] = (0, 0)
 
 
 def supports(
