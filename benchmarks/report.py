@@ -148,8 +148,8 @@ def rope_cpu(cells: Rows) -> str:
         (
             "## RoPE on CPU\n",
             "`benchmarks/rope.py`: the same preamble with 16 and 4 heads, on one thread; stock's time over braze's in the",
-            "rounds of one run. A call of a compiled graph takes more than ten microseconds whatever it does, which all layers of",
-            f"a model share: one token is also timed through {count} preambles in one graph.\n",
+            "rounds of one run. A call of a compiled graph takes more than ten microseconds whatever it does, which all",
+            f"layers of a model share: one token is also timed through {count} preambles in one graph.\n",
             *(f"- {name}: {mean(some)}" for name, some in kinds.items() if some),
             "",
             table(header, rows),

@@ -19,6 +19,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_SIZE = 512
 TILE = 2048  # elements of one program's heads
 WARPS = 4
+MANY = 2048  # tokens with which a GPU is full whatever a program's size
 XPU_TILE, XPU_WARPS = 2048, 8  # a warp of an XPU has 16 lanes: more elements for each spill (docs/xpu.md)
 
 if HAVE_TRITON:
@@ -252,6 +253,10 @@ def tiling(q: Tensor, spec: RopeSpec, norm: bool, width: int) -> tuple[int, int]
         return TILE // 2, WARPS // 2 if size == spec.rotary_dim else 1
     if spec.layout_out == "interleaved" and width == spec.rotary_dim:  # pairs of tables, too, are put in another order
         return TILE, WARPS // 2
+    halves = spec.layout_in == spec.layout_out == "half"
+    few = all(isinstance(n, int) for n in q.shape) and q.shape[0] * q.shape[2] < MANY
+    if few and halves and not norm and size == spec.rotary_dim == 128:  # fewer steps of what a program waits for
+        return TILE, 2 * WARPS
     return TILE // 2 if size <= 64 else TILE, WARPS
 
 
