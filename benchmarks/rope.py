@@ -4,8 +4,9 @@ Providers side by side: eager, stock torch.compile (static and dynamic), Liger-K
 and braze as it chooses by itself; in place is braze's Triton kernel over its inputs, as Liger-Kernel's is, and as braze has it
 where a projection made them; --providers has its pointwise code and its kernel called alone, too. copy clones q and k: the
 floor. Where k goes into a cache, it is written to rows of a tensor [1, H, T, D] that the caller keeps, by index. A GPU is timed
-by CUDA graphs over input sets that together exceed its L2 cache; a CPU by calls of all providers in turn, on one thread. In
-brackets: the copy's time over the provider's, and stock's time over the provider's.
+by CUDA graphs over input sets that together exceed its L2 cache; a CPU by calls of all providers in turn, on one thread, one
+token also as LAYERS preambles of one graph, since what a call of a graph costs is shared by a model's layers. In brackets: the
+copy's time over the provider's, and stock's time over the provider's.
 
     python benchmarks/rope.py [--quick] [--json FILE] [--variant TEXT] [--tokens N ...] [--providers NAME ...] [--tune]
 """
@@ -29,11 +30,13 @@ import braze  # noqa: F401  (defines the op)
 from braze.backend import collect
 from braze.kernels.spec import RopeSpec
 from braze.kernels.triton import rope as triton_rope
+from braze.kernels.turning import Norm
 
 Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
 Function = Callable[..., Any]
 L2_BYTES = 50 * 2**20
 EPS = 1e-6
+LAYERS = 8
 #: What is timed unless --providers says otherwise.
 USUAL = ("copy", "eager", "stock", "stock dynamic", "liger", "in place", "braze", "braze dynamic")
 
@@ -145,7 +148,7 @@ def kernel(variant: Variant, **knobs: Any) -> Function:
 
     def run(q: Tensor, k: Tensor, a: Tensor, b: Tensor, cos: Tensor, sin: Tensor) -> Any:
         q, k = (x.view(*x.shape[:-1], -1, variant.size).transpose(1, 2) for x in (q, k))
-        norm = None if variant.norm is None else triton_rope.Norm(EPS, a, b, variant.norm is rms_norm_plus_one)
+        norm = None if variant.norm is None else Norm(EPS, a, b, variant.norm is rms_norm_plus_one)
         if cos.is_complex():
             cos, sin = torch.view_as_real(cos).unbind(-1)
         return triton_rope.run(q, k, cos[:, 0], sin[:, 0], variant.spec, norm=norm, **knobs)
@@ -301,8 +304,35 @@ def measure(
         yield Cell(shape, name, round(statistics.median(taken), 2), *against, kernels.get(name, ""))
 
 
+def measure_layers(variant: Variant, heads: tuple[int, int], repeats: int) -> Iterator[Cell]:
+    """One token on a CPU through LAYERS preambles of one graph, by tables that they share: microseconds a layer."""
+    inputs = [make(variant, 1, heads, "cpu") for _ in range(LAYERS)]
+    shared = inputs[0][2:6]
+
+    def run(*each: Tensor) -> Any:
+        step = len(each) // LAYERS
+        return [variant(*each[n : n + 2], *shared, *each[n + 2 : n + step]) for n in range(0, len(each), step)]
+
+    flat = [x for given in inputs for x in (*given[:2], *given[6:])]
+    options: Any = {"require": ["rope"], "strict": True}
+    functions = {
+        "stock": torch.compile(lambda *each: run(*each), dynamic=False),
+        "braze": torch.compile(lambda *each: run(*each), backend="braze", dynamic=False, options=options),
+    }
+    for _ in range(200):  # of a few microseconds each
+        for function in functions.values():
+            function(*flat)
+    times = dict(zip(functions, cpu_times(list(functions.values()), tuple(flat), 20 * repeats), strict=True))
+    shape = {"variant": variant.name, "D": variant.size, "T": 1, "Hq": heads[0], "Hk": heads[1], "device": "cpu"}
+    for name, taken in times.items():
+        against = statistics.median(r / t for r, t in zip(times["stock"], taken, strict=True))
+        shape_of_many = {**shape, "layers": LAYERS}
+        yield Cell(shape_of_many, name, round(statistics.median(taken) / LAYERS, 2), 0.0, round(against, 3))
+
+
 def show(cells: list[Cell], console: Console) -> None:
     names = list(dict.fromkeys(c.provider for c in cells))
+    cells = [c for c in cells if "layers" not in c.shape]
     table = Table(title="attention preamble: microseconds (copy's time / provider's, stock's / provider's)")
     for header in ("variant", "T", *names):
         table.add_column(header, justify="left" if header == "variant" else "right")
@@ -364,6 +394,8 @@ def main() -> None:
             chosen = {n: f for n, f in providers(variant, device).items() if n in options.providers}
             for tokens in options.tokens or sizes:
                 cells += measure(variant, chosen, tokens, heads, device, repeats)
+                if device == "cpu" and tokens == 1:
+                    cells += measure_layers(variant, heads, repeats)
                 if options.json:
                     options.json.write_text(json.dumps([asdict(c) for c in cells], indent=1))
     show(cells, console)

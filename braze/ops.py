@@ -1,10 +1,12 @@
 """The semantic ops: what a find is rewritten to, before any kernel is chosen.
 
 `braze::moe` (`moe_apart`, `moe_separate` where weights are several tensors), `braze::rope`, `braze::rms_norm`,
-`braze::norm_rope` (both at once), `braze::route` and `braze::grouped_mm` are functional; each has a fake kernel (shapes), a
-reference in float32 (braze.kernels.reference) and a decomposition into ATen ops, which is how they run eagerly.
+`braze::route` and `braze::grouped_mm` are functional; each has a fake kernel (shapes), a reference in float32
+(braze.kernels.reference) and a decomposition into ATen ops, which is how they run eagerly. `braze::rope_into` is a call of a
+kernel, which writes q's and k's rotation.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -15,11 +17,13 @@ from torch import Tensor
 from braze.kernels import aten, separate
 from braze.kernels.cpp import moe as cpp_moe
 from braze.kernels.cpp import moe_separate as cpp_separate
+from braze.kernels.cpp import rope as cpp_rope
 from braze.kernels.cpp import route as cpp_route
 from braze.kernels.spec import MoeSpec, NormSpec, RopeSpec, RouteSpec
 from braze.kernels.triton import compat
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
+from braze.kernels.turning import Norm, Rows
 from braze.kernels.vendor import moe as vendor_moe
 from braze.kernels.vendor import rope as vendor_rope
 from braze.kernels.vendor import route as vendor_route
@@ -43,10 +47,10 @@ ROPE_SCHEMA = (
     "(Tensor x, Tensor cos, Tensor sin, *, int rotary_dim, int start=0, str layout_in='half', "
     "str layout_out='half', bool inverse=False, ScalarType? out_dtype=None) -> Tensor"
 )
-NORM_ROPE_SCHEMA = (
-    "(Tensor x, Tensor cos, Tensor sin, Tensor? weight=None, *, int axis, bool turned=False, float? eps=None, "
-    "bool add_one=False, int rotary_dim, int start=0, str layout_in='half', str layout_out='half', "
-    "bool inverse=False) -> Tensor"
+ROPE_INTO_SCHEMA = (
+    "(Tensor(a!) q_out, Tensor(b!)? k_out, Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, "
+    "Tensor? index, SymInt[] rows, *, int rotary_dim, int start=0, str layout_in='half', str layout_out='half', "
+    "bool inverse=False, ScalarType? out_dtype=None, float? eps=None, bool add_one=False) -> ()"
 )
 NORM_SCHEMA = "(Tensor x, Tensor? weight=None, *, float eps, bool add_one=False, ScalarType? out_dtype=None) -> Tensor"
 ROUTE_SCHEMA = (
@@ -61,7 +65,7 @@ torch.library.define("braze::moe_separate", SEPARATE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::moe_apart", APART_SCHEMA, tags=_TAGS)
 torch.library.define("braze::rope", ROPE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::rms_norm", NORM_SCHEMA, tags=_TAGS)
-torch.library.define("braze::norm_rope", NORM_ROPE_SCHEMA, tags=_TAGS)
+torch.library.define("braze::rope_into", ROPE_INTO_SCHEMA, tags=_TAGS)
 torch.library.define("braze::route", ROUTE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::grouped_mm", "(Tensor x, Tensor w, Tensor offs) -> Tensor", tags=_TAGS)
 torch.library.define(
@@ -254,25 +258,25 @@ def _norm(x: Tensor, weight: Tensor | None = None, **attributes: Any) -> Tensor:
     return aten.rms_norm(x, weight, NormSpec(**attributes))
 
 
-@torch.library.register_fake("braze::norm_rope")
-def _norm_rope_fake(
-    x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, *, axis: int, turned: bool = False,
+@torch.library.register_fake("braze::rope_into")
+def _rope_into_fake(*args: Any, **attributes: Any) -> None:
+    return None
+
+
+@torch.library.impl("braze::rope_into", "CPU")
+def _rope_into(
+    q_out: Tensor, k_out: Tensor | None, q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, q_weight: Tensor | None,
+    k_weight: Tensor | None, index: Tensor | None, rows: Sequence[int], *, eps: float | None = None, add_one: bool = False,
     **attributes: Any,
-) -> Tensor:  # fmt: skip
-    token = 2 * x.ndim - 5 - axis
-    return x.new_empty(x.transpose(axis, token).shape).transpose(axis, token) if turned else x.new_empty(x.shape)
-
-
-@torch.library.impl("braze::norm_rope", "CompositeExplicitAutograd")
-def _norm_rope(
-    x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, *, axis: int, turned: bool = False,
-    eps: float | None = None, add_one: bool = False, **attributes: Any,
-) -> Tensor:  # fmt: skip
-    """What the rotation turns is normed first where there is an epsilon. axis: the dimension of x that counts heads; turned:
-    the result lies in memory with heads and tokens the other way round."""
-    wide = x if eps is None else aten.rms_norm(x, weight, NormSpec(eps, add_one, torch.float32))
-    out, token = aten.rope(wide, cos, sin, RopeSpec(**attributes, out_dtype=x.dtype)), 2 * x.ndim - 5 - axis
-    return out.transpose(axis, token).contiguous().transpose(axis, token) if turned else out
+) -> None:  # fmt: skip
+    """The C++ kernel on heads that lie anyhow, [B, H, S, D], and tables [B or 1, S, W]; what the graph has of it is written by
+    `braze.lowering.cpp_rope`. rows: as in `braze.kernels.cpp.rope.numbers`."""
+    norm = None if eps is None else Norm(eps, q_weight, k_weight, add_one)
+    to = None
+    if rows and k_out is not None:
+        to = Rows(k_out, (rows[0], rows[1], rows[2]), rows[3], rows[4], index, (rows[5], rows[6]))
+    outs = [q_out] if k_out is None else [q_out, k_out]
+    cpp_rope.run(q, k, cos, sin, RopeSpec(**attributes), norm=norm, outs=outs, rows=to)
 
 
 @torch.library.register_fake("braze::route")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from braze.kernels import separate
@@ -12,7 +13,7 @@ from braze.kernels.spec import MoeSpec, RouteSpec
 from braze.kernels.triton import compat
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
-from braze.lowering import cpp_rope, rotations
+from braze.lowering import rotations
 from braze.lowering.rotations import Turn, turn
 
 
@@ -25,26 +26,29 @@ def choose_rope(call: fx.Node, forced: str) -> tuple[str, str, Turn | None]:
         return "pointwise", "asked for", None
     if name is None or forced not in ("auto", name):
         return "pointwise", fused, None
-    found = turn(call)
-    if isinstance(found, str):
-        reason: str | None = found
-    else:
-        reason = rotations.refusal(found) if name == "triton" else cpp_rope.refusal(found, forced == name)
+    found = turn(call, name)
+    reason = found if isinstance(found, str) else rotations.refusal(found)
+    if name == "cpp" and forced != name and not isinstance(found, str):
+        reason = reason or _loops_win(found)
     if isinstance(found, str) or reason is not None:
         told = f"{fused}; the {'Triton' if name == 'triton' else 'C++'} kernel does not take this ({reason})"
         return "pointwise", told, None
-    one = _one_launch(found) if name == "triton" else _one_call(found)
-    return name, "asked for" if forced == name else one, found
+    one = "q and k in one launch" if name == "triton" else "one C++ call for q and k"
+    before = ", norms in the same pass" if found.norm is not None else ""
+    return name, "asked for" if forced == name else f"{one}{before}, tables read once for all heads", found
 
 
-def _one_launch(turn: Turn) -> str:
-    before = "norms in the same launch, " if turn.norm is not None else ""
-    return f"q and k in one launch, {before}tables read once for all heads"
-
-
-def _one_call(turn: Turn) -> str:
-    before = ", normed on the way" if turn.norm is not None else ""
-    return f"one C++ call that reads each head once{before}, tables widened once for all heads"
+def _loops_win(turn: Turn) -> str | None:
+    """Why Inductor's loops on CPU are at least as fast as the C++ kernel, as measured (benchmarks/rope.py); None where not:
+    compilers vectorise halves, and neither pairs that lie side by side nor norms as well."""
+    if turn.norm is not None or not turn.spec.layout_in == turn.spec.layout_out == "half":
+        return None
+    if any(torch.Tag.pointwise in getattr(user.target, "tags", ()) for user in turn.call.users):
+        return "what follows is computed in the same loop"
+    x = turn.x.meta["val"]
+    if x.dtype == torch.float32 and turn.spec.rotary_dim < x.shape[-1]:
+        return "in float32, what does not turn is most of the time"
+    return None
 
 
 def choose_moe(call: fx.Node, forced: str) -> tuple[str, str]:

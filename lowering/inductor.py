@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._higher_order_ops.triton_kernel_wrap import (
     create_tma_stable_metadata,
     kernel_side_table,
@@ -194,13 +195,41 @@ class CppCall(ir.ExternKernelOut):  # type: ignore[misc]
 
     def codegen(self, wrapper: Any) -> None:
         tensors: list[Any] = list(self.inputs)
-        arguments = [t.codegen_reference() for t in (self, *tensors)]
-        for n in self.numbers([Lie(t) for t in tensors]):
-            arguments.append(str(n) if isinstance(n, int | float) else wrapper.codegen_sizevar(n))
-        wrapper.generate_kernel_call(
-            _defined(wrapper, self.function, self.argument_types), arguments,
-            device=self.get_device(), triton=False, arg_types=self.argument_types,
-        )  # fmt: skip
+        pointers = [t.codegen_reference() for t in (self, *tensors)]
+        _generate_call(wrapper, self, pointers, self.numbers([Lie(t) for t in tensors]))
+
+
+class CppUpdate(ir.ExternKernel):  # type: ignore[misc]
+    """One call of a generated C++ function that writes into tensors which the graph has.
+
+    tensors: what the function's pointers point to, the first `written` of them for writing; where it has none, another takes
+    its place. numbers: from their `Lie` to what follows the pointers, which are those of whole buffers.
+    """
+
+    def __init__(
+        self, tensors: Sequence[Any], written: int, function: str, numbers: Callable[[list["Lie"]], Sequence[Any]],
+        argument_types: Sequence[str],
+    ) -> None:  # fmt: skip
+        inputs = [_as_it_lies(t) for t in tensors]
+        device = inputs[0].get_device()
+        self.function, self.numbers, self.argument_types = function, numbers, list(argument_types)
+        super().__init__(None, ir.NoneLayout(device=device), self.unwrap_storage(inputs))
+        self.device = device
+        self.mutation_outputs = [ir.MutationOutput(ir.NoneLayout(device=device), t, self) for t in inputs[:written]]
+        V.graph.register_operation(self)
+
+    def get_outputs(self) -> list[Any]:
+        return list(self.mutation_outputs)
+
+    def get_device(self) -> torch.device:
+        return self.device  # type: ignore[no-any-return]
+
+    def get_unbacked_symbol_defs(self) -> Any:
+        return type(self.get_free_symbol_uses())()  # none
+
+    def codegen(self, wrapper: Any) -> None:
+        tensors: list[Any] = list(self.inputs)
+        _generate_call(wrapper, self, [t.get_name() for t in tensors], self.numbers([Lie(t) for t in tensors]))
 
 
 class Lie:
@@ -210,6 +239,7 @@ class Lie:
         self.dtype: torch.dtype = node.get_dtype()
         self.shape: Sequence[Any] = node.get_size()
         self.strides: Sequence[Any] = node.get_stride()
+        self.offset: Any = node.get_layout().offset
 
     def stride(self, dim: int | None = None) -> Any:
         return tuple(self.strides) if dim is None else self.strides[dim]
@@ -218,6 +248,19 @@ class Lie:
 def cpp_call(*args: Any) -> Any:
     """`CppCall` as what a lowering returns."""
     return ir.TensorBox.create(CppCall(*args))
+
+
+def cpp_update(*args: Any) -> None:
+    """`CppUpdate` as a part of the graph."""
+    CppUpdate(*args)
+
+
+def _generate_call(wrapper: Any, node: Any, pointers: list[str], numbers: Sequence[Any]) -> None:
+    arguments = [*pointers, *(str(n) if isinstance(n, int | float) else wrapper.codegen_sizevar(n) for n in numbers)]
+    wrapper.generate_kernel_call(
+        _defined(wrapper, node.function, node.argument_types), arguments,
+        device=node.get_device(), triton=False, arg_types=node.argument_types,
+    )  # fmt: skip
 
 
 def _as_it_lies(t: Any) -> Any:
@@ -276,6 +319,15 @@ def start(
         tensors_to_clone=list(writes),
     )
     return [results[name] for name in writes]
+
+
+def updated(op: Any, writes: Sequence[str], arguments: Mapping[str, Any]) -> list[torch.Tensor]:
+    """A call of an op that writes into some of its arguments, as a node of the graph being traced: these with what it wrote.
+
+    Inductor clones those of them that something reads later.
+    """
+    results: Any = auto_functionalized(op, **arguments)
+    return list(results[-len(writes) :])
 
 
 @lru_cache(maxsize=1024)

@@ -18,7 +18,7 @@ from braze.lowering.rotations import Turn
 def register() -> None:
     """Tells Inductor how to lower the semantic ops that stay in a graph, once; the ops must have been defined."""
     inductor.register(torch.ops.braze.rope.default, rope_loops.lower)
-    inductor.register(torch.ops.braze.norm_rope.default, cpp_rope.lower)
+    inductor.register(torch.ops.braze.rope_into.default, cpp_rope.lower)
     inductor.register(torch.ops.braze.moe.default, cpp_call.lower_moe)
     inductor.register(torch.ops.braze.moe_separate.default, cpp_call.lower_separate)
 
@@ -32,9 +32,7 @@ def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str
     for call in calls:
         if call.target.name() == "braze::rope":  # type: ignore[union-attr]
             kernel, why, turn = _choose_rope(call, forced.get("rope", "auto"))
-            if turn is not None and kernel == "cpp":
-                cpp_rope.apply(turn)
-            elif turn is not None:
+            if turn is not None:
                 turns.append(turn)
                 place[turn] = len(choices)
             norm = rotations.norm_before(call) if turn is None else None

@@ -1,4 +1,4 @@
-"""q and k that turn alike become one launch: the kernel reads a token's cos and sin once for all heads of both.
+"""q and k that turn alike become one launch, or one C++ call: either reads a token's cos and sin once for all heads of both.
 
 Two `braze::rope` calls are a pair where they share tables and attributes and have one shape but for the number of heads. A
 `braze::rms_norm` before them is made by the same launch, which holds whole heads. The kernel sees x as [B, H, S, D] and tables
@@ -14,21 +14,25 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from braze.kernels import aten
+from braze.kernels.cpp import rope as cpp
 from braze.kernels.spec import NormSpec, RopeSpec
 from braze.kernels.triton import rope as triton_rope
-from braze.lowering import inductor, places
+from braze.kernels.turning import Norm, Rows
+from braze.lowering import cpp_rope, inductor, places
 from braze.lowering.inline import inline, inline_all
 from braze.lowering.places import CacheWrite
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One `braze::rope` call: axis is the dimension of x that counts heads. norm: the `braze::rms_norm` call that made x."""
+    """One `braze::rope` call: axis is the dimension of x that counts heads. norm: the `braze::rms_norm` call that made x.
+    kernel: "triton" or "cpp"."""
 
     call: fx.Node
     spec: RopeSpec
     axis: int
     norm: fx.Node | None = None
+    kernel: str = "triton"
 
     @property
     def x(self) -> fx.Node:
@@ -50,8 +54,8 @@ class Turn:
         return self.call.args[1], self.call.args[2]  # type: ignore[return-value]
 
 
-def turn(call: fx.Node) -> Turn | str:
-    """The call as kernels take it, or why they do not."""
+def turn(call: fx.Node, kernel: str) -> Turn | str:
+    """The call as a kernel takes it, or why none does."""
     norm = norm_before(call)
     x, cos, sin = (n.meta["val"] for n in call.args)  # type: ignore[union-attr]
     spec = RopeSpec(**call.kwargs)  # type: ignore[arg-type]
@@ -60,19 +64,16 @@ def turn(call: fx.Node) -> Turn | str:
     axis = _head_axis(x, cos, sin)
     if axis is None:
         return "the kernel takes tables that do not vary from head to head, and x with a batch, heads and tokens"
-    return Turn(call, spec, axis, norm)
-
-
-def as_kernels_see(turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
-    """x as [B, H, S, D] and its tables as [B or 1, S, W]."""
-    x, cos, sin = (n.meta["val"] for n in (turn.x, *turn.tables))
-    return _heads(x, turn.axis), *_rows(cos, sin, turn.axis, x.ndim, turn.spec)
+    return Turn(call, spec, axis, norm, kernel)
 
 
 def refusal(turn: Turn) -> str | None:
-    """Why the Triton kernel does not make this call, in words; None where it does."""
-    x, cos, sin = as_kernels_see(turn)
-    return triton_rope.supports(x, None, cos, sin, turn.spec)
+    """Why its kernel does not make this call, in words; None where it does."""
+    x, cos, sin = (n.meta["val"] for n in (turn.x, *turn.tables))
+    heads, tables = _heads(x, turn.axis), _rows(cos, sin, turn, x.ndim)
+    if turn.kernel == "cpp":
+        return cpp.supports(heads, *tables, turn.spec, turn.weights[0].meta["val"] if turn.weights else None)
+    return triton_rope.supports(heads, None, *tables, turn.spec)
 
 
 def norm_before(call: fx.Node) -> fx.Node | None:
@@ -116,15 +117,16 @@ def _as_given(out: Tensor, axis: int, rank: int) -> Tensor:
     return out if rank == 4 else out[0]
 
 
-def _rows(cos: Tensor, sin: Tensor, axis: int, rank: int, spec: RopeSpec) -> tuple[Tensor, Tensor]:
+def _rows(cos: Tensor, sin: Tensor, turn: Turn, rank: int) -> tuple[Tensor, Tensor]:
     """Tables as [B or 1, S, W]; those that the kernel cannot read as they lie are small, and are copied."""
 
     def rows(table: Tensor) -> Tensor:
-        table = table[(None,) * (rank - table.ndim)].select(axis, 0)
+        table = table[(None,) * (rank - table.ndim)].select(turn.axis, 0)
         return table if rank == 4 else table[None]
 
     a, b = rows(cos), rows(sin)
-    as_they_lie = triton_rope.readable(a, spec) and triton_rope.readable(b, spec) and a.stride(-1) == b.stride(-1)
+    readable = all(triton_rope.readable(t, turn.spec) for t in (a, b)) and a.stride(-1) == b.stride(-1)
+    as_they_lie = turn.kernel == "cpp" or readable
     return (a, b) if as_they_lie else (a.contiguous(), b.contiguous())
 
 
@@ -155,7 +157,7 @@ def pairs(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
 def _alike(a: Turn, b: Turn) -> bool:
     x, y = a.x.meta["val"], b.x.meta["val"]
     norms = (a.norm_spec, len(a.weights)) == (b.norm_spec, len(b.weights))
-    same = norms and (a.spec, a.axis, x.ndim, x.dtype) == (b.spec, b.axis, y.ndim, y.dtype)
+    same = norms and (a.kernel, a.spec, a.axis, x.ndim, x.dtype) == (b.kernel, b.spec, b.axis, y.ndim, y.dtype)
     same = same and all(statically_known_true(x.shape[d] == y.shape[d]) for d in range(x.ndim) if d != a.axis)
     return same and all(map(_same_value, a.tables, b.tables))
 
@@ -193,7 +195,7 @@ def _together(a: fx.Node, b: fx.Node) -> bool:
 
 
 def launch(group: tuple[Turn, ...]) -> str:
-    """Replaces one call, or two that are alike, by one launch of the kernel; where the results are written, in words. What
+    """Replaces one call, or two that are alike, by one launch of their kernel; where the results are written, in words. What
     becomes dead is left in the graph."""
     write, words = _write(group)
     if write is not None and write[0] is group[0]:
@@ -217,11 +219,15 @@ def launch(group: tuple[Turn, ...]) -> str:
             h if t in over else _heads(_room(t.call, x), turn.axis) for t, x, h in zip(group, xs, heads, strict=True)
         ]
         q, k = heads[0], heads[1] if len(heads) == 2 else None
-        tile, warps = triton_rope.tiling(q, turn.spec, turn.norm is not None, cos.shape[-1])
-        first, second = triton_rope.launch(
-            q, k, *_rows(cos, sin, turn.axis, rank, turn.spec), turn.spec, _norm(turn, rest[: len(weights)]), False,
-            tile, warps, start=inductor.start, outs=outs, rows=_cache_rows(cached, rest[len(weights) :]),
-        )  # fmt: skip
+        tables, norm = _rows(cos, sin, turn, rank), _norm(turn, rest[: len(weights)])
+        to = _cache_rows(cached, rest[len(weights) :])
+        if turn.kernel == "cpp":
+            first, second = cpp_rope.launch(q, k, *tables, turn.spec, norm, outs, to)
+        else:
+            tile, warps = triton_rope.tiling(q, turn.spec, norm is not None, cos.shape[-1])
+            first, second = triton_rope.launch(
+                q, k, *tables, turn.spec, norm, False, tile, warps, start=inductor.start, outs=outs, rows=to
+            )
         if cached is not None and second is not None:
             return (result(turn, first), second)[:: 1 if replaced[0] is calls[0] else -1]
         return tuple(result(t, out) for t, out in zip(group, (first, second), strict=False) if out is not None)
@@ -285,17 +291,17 @@ def _with_its_strides(out: Tensor, like: Tensor) -> Tensor:
     return out.as_strided(like.shape, like.stride()) if told else out
 
 
-def _cache_rows(cached: CacheWrite | None, tensors: Sequence[Tensor]) -> triton_rope.Rows | None:
+def _cache_rows(cached: CacheWrite | None, tensors: Sequence[Tensor]) -> Rows | None:
     if cached is None:
         return None
     cache, index = (*tensors, None)[:2]
     assert cache is not None
-    return triton_rope.Rows(cache, cached.strides, cached.count, cached.first, index, cached.index_strides)
+    return Rows(cache, cached.strides, cached.count, cached.first, index, cached.index_strides)
 
 
-def _norm(turn: Turn, weights: Sequence[Tensor]) -> triton_rope.Norm | None:
+def _norm(turn: Turn, weights: Sequence[Tensor]) -> Norm | None:
     spec = turn.norm_spec
     if spec is None:
         return None
     q, k = (*(w.contiguous() for w in weights), None, None)[:2]
-    return triton_rope.Norm(spec.eps, q, k, spec.add_one)
+    return Norm(spec.eps, q, k, spec.add_one)

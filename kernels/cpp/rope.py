@@ -1,6 +1,7 @@
-"""A rotation of bfloat16 heads as one C++ call on CPU, an RMSNorm over each before it included.
+"""A rotation of q's and k's heads as one C++ call on CPU, an RMSNorm over each before it and the write into a cache included.
 
-Compilers vectorise neither pairs that lie side by side nor conversions of 16-bit types as well, and a norm is a second pass.
+Compilers vectorise neither pairs that lie side by side nor conversions of 16-bit types as well, make tables' elements anew for
+each head, and a norm is a second pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,55 +13,72 @@ import torch
 from torch import Tensor
 
 from braze.kernels.cpp.toolchain import compile_cpp
-from braze.kernels.spec import NormSpec, PairLayout, RopeSpec
+from braze.kernels.spec import PairLayout, RopeSpec
+from braze.kernels.turning import Norm, Rows
 
 MAX_HEAD_SIZE = 512
-#: Elements from which a call costs less than the loops that fuse with their neighbours (benchmarks/rope.py).
-WORTH = 65536
-_FLOATS = (torch.float32, torch.bfloat16)
+TYPES = {torch.float32: "float", torch.bfloat16: "at::BFloat16", torch.float16: "at::Half"}
+_CODE = {dtype: n for n, dtype in enumerate(TYPES)}  # as in rope.h
+_POINTERS = ("q_out", "k_out", "q", "k", "cos", "sin", "q_weight", "k_weight", "index")  # the first two for writing
 _NUMBERS = (
-    "batch", "tokens", "heads", "size", "start", "half", *(f"{t}{n}" for t in "oscn" for n in range(3)), "cos_float",
-    "sin_float", "wide", "inverse", "norm", "weight_float",
+    *(f"{name}_at" for name in _POINTERS), "batch", "tokens", "size", "start", "half", "q_heads", "k_heads",
+    *(f"{x}_{to}{n}" for x in "qk" for to in ("from", "to") for n in range(3)),
+    *(f"{table}_{of}" for table in ("cos", "sin") for of in ("type", "batch", "token", "step")),
+    "wide", "inverse", "norm", "weight_type", "index_type", "index_batch", "index_token", "first", "count",
 )  # fmt: skip
-#: Of `kernel`: the result, x, cos, sin, the norm's weight (or any tensor); numbers; what is added to the weight, epsilon.
-ARGUMENTS = ("void*", *("const void*",) * 4, *("int64_t",) * len(_NUMBERS), "float", "float")
-Lie = tuple[Sequence[Any], torch.dtype]  # how a table lies: strides for (batch, token, column), dtype
+#: Of `kernel`: tensors (any, where it has none), numbers, what is added to a weight, epsilon.
+ARGUMENTS = (*("void*",) * 2, *("const void*",) * (len(_POINTERS) - 2), *("int64_t",) * len(_NUMBERS), "float", "float")
 
 
 @cache
-def source(layout_in: PairLayout, layout_out: PairLayout) -> str:
-    """The C++ text of `kernel` for pairs that come in and go out as the layouts say."""
+def source(dtype: torch.dtype, out: torch.dtype, layout_in: PairLayout, layout_out: PairLayout) -> str:
+    """The C++ text of `kernel` for heads of dtype, results of `out`, and pairs that come in and go out as the layouts say."""
     constants = {"BRAZE_IN_INTERLEAVED": layout_in, "BRAZE_OUT_INTERLEAVED": layout_out}
-    lists = (f"  const int64_t {t}[] = {{{t}0, {t}1, {t}2}};" for t in "oscn")
+    types = (*(f"{kind} {name}" for kind, name in zip(ARGUMENTS, (*_POINTERS, *_NUMBERS, "add", "eps"), strict=True)),)
+    strides = (
+        f"  const int64_t {x}_{to}[] = {{{x}_{to}0, {x}_{to}1, {x}_{to}2}};" for x in "qk" for to in ("from", "to")
+    )
+    heads = (
+        f"{{static_cast<const In*>({x}) + {x}_at, static_cast<Out*>({x}_out) + {x}_out_at, {x}_weight, {x}_weight_at, "
+        f"{x}_heads, {x}_from, {x}_to}}"
+        for x in "qk"
+    )
+    tables = (f"{{{t}, {t}_at, {t}_type, {t}_batch, {t}_token, {t}_step}}" for t in ("cos", "sin"))
+    places = "{index, index_at, index_type, index_batch, index_token, first, count}"
+    form = "{size, start, half, norm, weight_type, wide != 0, inverse != 0, add, eps}"
     return "\n".join(
         (
             "#include <torch/csrc/inductor/cpp_prefix.h>",
             "#include <algorithm>",
             "#include <cstring>",
+            "#include <stdexcept>",
             "#include <tuple>",
             "#include <ATen/cpu/vec/functional.h>",
             *(f"#undef {name}\n#define {name} {int(of == 'interleaved')}" for name, of in constants.items()),
-            "namespace braze_rope {",
+            "namespace braze_kernel {",
+            f"using In = {TYPES[dtype]};\nusing Out = {TYPES[out]};",
             (Path(__file__).parent / "rope.h").read_text(),
-            "}  // namespace braze_rope",
-            'extern "C" void kernel(void* out, const void* x, const void* cos, const void* sin, const void* weight,',
-            "    " + ", ".join(f"int64_t {name}" for name in _NUMBERS) + ", float add, float eps) {",
-            *lists,
-            "  braze_rope::rope(",
-            "      static_cast<at::BFloat16*>(out), static_cast<const at::BFloat16*>(x), cos, sin, weight, batch, tokens,",
-            "      heads, size, start, half, o, s, c, n, cos_float, sin_float, wide, inverse, norm, weight_float, add, eps);",
+            "}  // namespace braze_kernel",
+            f'extern "C" void kernel({", ".join(types)}) {{',
+            "  using namespace braze_kernel;",
+            *strides,
+            f"  rope({', '.join((*heads, *tables, places, form))}, batch, tokens);",
             "}",
         )
     )
 
 
 @cache
-def _build(layout_in: PairLayout, layout_out: PairLayout) -> tuple[Callable[..., None] | None, str]:
-    """The compiled kernel, or None and why there is none."""
+def _build(*form: Any) -> tuple[Callable[..., None] | None, str]:
+    """The compiled kernel of this `source`, or None and why there is none."""
     try:
-        return compile_cpp(ARGUMENTS, source(layout_in, layout_out)), ""
+        return compile_cpp(ARGUMENTS, source(*form)), ""
     except RuntimeError as e:
         return None, f"the C++ kernel does not build ({e})"
+
+
+def _form(dtype: torch.dtype, spec: RopeSpec) -> tuple[torch.dtype, torch.dtype, PairLayout, PairLayout]:
+    return dtype, spec.out_dtype or dtype, spec.layout_in, spec.layout_out
 
 
 def supports(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec, weight: Tensor | None = None) -> str | None:
@@ -68,51 +86,57 @@ def supports(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec, weight: Tensor
     None where it can. Builds the kernel at its first use."""
     checks = (
         (x.device.type == "cpu", f"device {x.device}, not cpu"),
-        (x.dtype == torch.bfloat16 and spec.out_dtype in (None, x.dtype), "not from bfloat16 to bfloat16"),
-        (all(t.dtype in _FLOATS for t in (cos, sin)), "tables are neither float32 nor bfloat16"),
-        (weight is None or weight.dtype in _FLOATS, "the norm's weight is neither float32 nor bfloat16"),
+        (x.dtype in TYPES and (spec.out_dtype or x.dtype) in TYPES, f"from {x.dtype} to {spec.out_dtype or x.dtype}"),
+        (all(t.dtype in TYPES for t in (cos, sin)), "tables are neither float32 nor of 16 bits"),
+        (weight is None or weight.dtype in TYPES, "the norm's weight is neither float32 nor of 16 bits"),
         (cos.shape == sin.shape and cos.shape[-1] in (spec.rotary_dim, spec.rotary_dim // 2), "tables of other widths"),
         (x.stride(-1) == 1, "the last dimension is not contiguous"),
         (x.shape[-1] <= MAX_HEAD_SIZE, f"head size {x.shape[-1]} exceeds {MAX_HEAD_SIZE}"),
     )
     reason = next((reason for fine, reason in checks if not fine), None)
-    return reason or _build(spec.layout_in, spec.layout_out)[1] or None
+    return reason or _build(*_form(x.dtype, spec))[1] or None
 
 
 def numbers(
-    shape: Sequence[Any],
-    out: Sequence[Any],
-    x: Sequence[Any],
-    cos: Lie,
-    sin: Lie,
-    wide: bool,
-    spec: RopeSpec,
-    norm: NormSpec | None,
-    weight: torch.dtype | None,
-) -> Sequence[Any]:
-    """What follows the pointers: shape is (batch, tokens, heads, size), out and x are strides for (batch, token, head); wide:
-    tables have a column for each element, not for each pair; weight: the dtype of the norm's."""
-    kind = 0 if norm is None else 1 if weight is None else 2
-    flags = (cos[1] == torch.float32, sin[1] == torch.float32, wide, spec.inverse)
-    add, eps = (0.0, 0.0) if norm is None else (float(norm.add_one), norm.eps)
+    q_out: Any, k_out: Any, q: Any, k: Any, cos: Any, sin: Any, q_weight: Any, k_weight: Any, index: Any, spec: RopeSpec,
+    norm: Norm | None, rows: Sequence[Any], offsets: Sequence[Any] = (0,) * len(_POINTERS),
+) -> list[Any]:  # fmt: skip
+    """What follows the pointers: of tensors, or of what has their shape, dtype and stride(). rows: empty, or a cache's strides
+    for (batch, row, head), its number of rows, the first of them, and the index's strides for (batch, token). offsets: in
+    elements, from each pointer to its tensor."""
+    to, more = (rows[:3], rows[3:]) if rows else (_strides(k_out), (0, 0, 0, 0))
+    count, first, index_batch, index_token = more
+    tables = [(_CODE[t.dtype], 0 if t.shape[0] == 1 else t.stride(0), t.stride(1), t.stride(2)) for t in (cos, sin)]
+    kind = 0 if norm is None else 1 if q_weight is None else 2
     return [
-        *shape, spec.start, spec.rotary_dim // 2, *out, *x, *cos[0], *sin[0], *map(int, flags), kind,
-        int(weight == torch.float32), add, eps,
+        *offsets, q.shape[0], q.shape[2], q.shape[3], spec.start, spec.rotary_dim // 2, q.shape[1],
+        0 if k is None else k.shape[1], *_strides(q), *_strides(q_out), *_strides(k), *to, *tables[0], *tables[1],
+        int(cos.shape[-1] == spec.rotary_dim), int(spec.inverse), kind, 0 if q_weight is None else _CODE[q_weight.dtype],
+        0 if index is None else 1 if index.dtype == torch.int32 else 2, index_batch, index_token, first, count,
+        0.0 if norm is None else float(norm.add_one), 0.0 if norm is None else norm.eps,
     ]  # fmt: skip
 
 
+def _strides(x: Any) -> tuple[Any, Any, Any]:
+    """(batch, token, head) strides of [B, H, S, D]."""
+    return (0, 0, 0) if x is None else (x.stride(0), x.stride(2), x.stride(1))
+
+
 def run(
-    x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec, norm: NormSpec | None = None, weight: Tensor | None = None
-) -> Tensor:
-    """As `braze.kernels.reference.rope` after its `rms_norm`, on tensors that `supports` takes -> [B, H, S, D], row-major."""
-    kernel, reason = _build(spec.layout_in, spec.layout_out)
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, spec: RopeSpec, *, norm: Norm | None = None,
+    outs: Sequence[Tensor] | None = None, rows: Rows | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """As `braze.kernels.reference.rope` after its `rms_norm`, on tensors that `supports` takes: q [B, H, S, D], k [B, K, S, D]
+    -> results, row-major, or `outs`; in k's place the cache, where rows say that k goes there."""
+    kernel, reason = _build(*_form(q.dtype, spec))
     if kernel is None:
         raise RuntimeError(reason)
-    out = torch.empty(x.shape, dtype=x.dtype)
-    lies = [((0 if t.shape[0] == 1 else t.stride(0), t.stride(1), t.stride(2)), t.dtype) for t in (cos, sin)]
-    batch, heads, tokens, size = x.shape
-    to, from_ = ((t.stride(0), t.stride(2), t.stride(1)) for t in (out, x))
-    wide, dtype = cos.shape[-1] == spec.rotary_dim, None if weight is None else weight.dtype
-    numbers_ = numbers((batch, tokens, heads, size), to, from_, lies[0], lies[1], wide, spec, norm, dtype)
-    kernel(out, x, cos, sin, x if weight is None else weight.contiguous(), *numbers_)
-    return out
+    dtype = spec.out_dtype or q.dtype
+    q_out = outs[0] if outs else torch.empty(q.shape, dtype=dtype)
+    k_out = None if k is None else rows.cache if rows else outs[1] if outs else torch.empty(k.shape, dtype=dtype)
+    q_weight, k_weight = (None, None) if norm is None else (norm.q_weight, norm.k_weight)
+    index = None if rows is None else rows.index
+    lie = [] if rows is None else [*rows.strides, rows.count, rows.first, *rows.index_strides]
+    tensors = (q_out, k_out, q, k, cos, sin, q_weight, k_weight, index)
+    kernel(*(q if t is None else t for t in tensors), *numbers(*tensors, spec, norm, lie))
+    return q_out, k_out

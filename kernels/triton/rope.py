@@ -5,7 +5,6 @@ RMSNorm over the head before the rotation costs no more memory traffic, since th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,11 +13,13 @@ from torch import Tensor
 from braze.kernels.spec import RopeSpec
 from braze.kernels.triton import compat
 from braze.kernels.triton.compat import HAVE_TRITON, Start
+from braze.kernels.turning import Norm, Rows
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_SIZE = 512
 TILE = 2048  # elements of one program's heads
 WARPS = 4
+MANY = 2048  # tokens with which a GPU is full whatever a program's size
 XPU_TILE, XPU_WARPS = 2048, 8  # a warp of an XPU has 16 lanes: more elements for each spill (docs/xpu.md)
 
 if HAVE_TRITON:
@@ -178,35 +179,6 @@ if HAVE_TRITON:
             )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Norm:
-    """An RMSNorm over the whole head before the rotation: x / sqrt(mean(x^2) + eps), times weight or 1 + weight.
-
-    Weights are [D], both or neither; add_one says that they are stored less one.
-    """
-
-    eps: float
-    q_weight: Tensor | None = None
-    k_weight: Tensor | None = None
-    add_one: bool = False
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where k's tokens go instead of a tensor of their own: rows of a cache, whose other elements stay.
-
-    strides are the cache's for (batch, row, head); a token's row is first + its place in S, or index[place], an int32 or
-    int64 tensor, counted from the end of `count` rows where negative, at index_strides for (batch, token).
-    """
-
-    cache: Tensor
-    strides: tuple[Any, Any, Any]
-    count: Any
-    first: Any = 0
-    index: Tensor | None = None
-    index_strides: tuple[Any, Any] = (0, 0)
-
-
 def supports(
     q: Tensor,
     k: Tensor | None,
@@ -281,6 +253,10 @@ def tiling(q: Tensor, spec: RopeSpec, norm: bool, width: int) -> tuple[int, int]
         return TILE // 2, WARPS // 2 if size == spec.rotary_dim else 1
     if spec.layout_out == "interleaved" and width == spec.rotary_dim:  # pairs of tables, too, are put in another order
         return TILE, WARPS // 2
+    halves = spec.layout_in == spec.layout_out == "half"
+    few = all(isinstance(n, int) for n in q.shape) and q.shape[0] * q.shape[2] < MANY
+    if few and halves and not norm and size == spec.rotary_dim == 128:  # fewer steps of what a program waits for
+        return TILE, 2 * WARPS
     return TILE // 2 if size <= 64 else TILE, WARPS
 
 
