@@ -4,106 +4,7 @@
 // true count of rows, of the second across all experts, so that one thread owns a block of the output and adds experts
 // up in order. Hence no atomics, and the result does not depend on the number of threads.
 //
-// Expects product.h; BRAZE_LAYOUT_*; BRAZE_SEPARATE, whether each expert's weights are tensors of their own, and
-// BRAZE_APART, whether so are those of gate and up; `V activation(V g, V u)`.
-
-enum Dtype : int64_t { NONE = 0, F32 = 1, BF16 = 2, F16 = 3 };
-
-inline float read(const void* p, int64_t i, int64_t dtype) {
-  switch (dtype) {
-    case F32: return static_cast<const float*>(p)[i];
-    case BF16: return widen(static_cast<const at::BFloat16*>(p)[i]);
-    default: return widen(static_cast<const at::Half*>(p)[i]);
-  }
-}
-
-inline void write(void* p, int64_t i, int64_t dtype, V v, int count) {
-  switch (dtype) {
-    case F32: return store(static_cast<float*>(p) + i, v, count);
-    case BF16: return store(static_cast<at::BFloat16*>(p) + i, v, count);
-    default: return store(static_cast<at::Half*>(p) + i, v, count);
-  }
-}
-
-// A tensor of fp32, bfloat16 or float16, read element by element where speed does not matter.
-struct Table {
-  const void* data;
-  int64_t dtype, stride0, stride1;
-  float at(int64_t i, int64_t j) const { return read(data, i * stride0 + j * stride1, dtype); }
-};
-
-// What lies in one tensor for all experts, the i-th `stride` elements after the first, or in a tensor each.
-struct Weights {
-  const void* const* data;
-  int64_t stride;
-  const Weight* at(int64_t i) const {
-    return static_cast<const Weight*>(data[BRAZE_SEPARATE ? i : 0]) + (BRAZE_SEPARATE ? 0 : i * stride);
-  }
-};
-
-struct Biases {
-  const void* const* data;
-  int64_t dtype, stride0, stride1;
-  explicit operator bool() const { return dtype != NONE; }
-  float at(int64_t i, int64_t j) const {
-    return read(data[BRAZE_SEPARATE ? i : 0], (BRAZE_SEPARATE ? 0 : i * stride0) + j * stride1, dtype);
-  }
-};
-
-struct Problem {
-  int64_t tokens, hidden, inner, experts, top_k;
-  const Weight* x;
-  int64_t x_stride;
-  Weights w1, w2;
-  int64_t w1_stride, w2_stride;
-  Table router;
-  Biases b1, b2;
-  bool weight_on_input;
-  float scale;
-  void* out;
-  int64_t out_dtype;
-};
-
-// The rows by expert: those of expert e at [begin[e], begin[e + 1]), tokens ascending.
-struct Routing {
-  std::vector<int64_t> begin;
-  std::vector<int32_t> token;
-  std::vector<float> weight;
-  std::vector<int32_t> used;  // experts with a row
-};
-
-template <class Id>
-Routing route(const Problem& p, const Id* ids, int64_t stride0, int64_t stride1) {
-  Routing r;
-  r.begin.assign(p.experts + 1, 0);
-  auto id = [&](int64_t t, int64_t j) { return static_cast<int64_t>(ids[t * stride0 + j * stride1]); };
-  auto known = [&](int64_t e) { return e >= 0 && e < p.experts; };
-  for (int64_t t = 0; t < p.tokens; ++t)
-    for (int64_t j = 0; j < p.top_k; ++j)
-      if (const int64_t e = id(t, j); known(e)) ++r.begin[e + 1];
-  for (int64_t e = 0; e < p.experts; ++e) {
-    if (r.begin[e + 1]) r.used.push_back(static_cast<int32_t>(e));
-    r.begin[e + 1] += r.begin[e];
-  }
-  std::vector<int64_t> next(r.begin.begin(), r.begin.end() - 1);
-  r.token.resize(r.begin[p.experts]);
-  r.weight.resize(r.begin[p.experts]);
-  for (int64_t t = 0; t < p.tokens; ++t)
-    for (int64_t j = 0; j < p.top_k; ++j)
-      if (const int64_t e = id(t, j); known(e)) {
-        r.token[next[e]] = static_cast<int32_t>(t);
-        r.weight[next[e]++] = p.router.at(t, j);
-      }
-  return r;
-}
-
-#if BRAZE_LAYOUT_NONE
-constexpr int GATES = 1;
-#else
-constexpr int GATES = 2;
-#endif
-constexpr int APART = BRAZE_APART ? 2 : 1;  // matrices of an expert's first product
-constexpr bool WOVEN = BRAZE_LAYOUT_INTERLEAVED && BRAZE_TRANSPOSED && APART == 1;  // a run of columns holds g, u, g, u ...
+// Expects product.h, problem.h, tasks.h; `V activation(V g, V u)`.
 
 // The columns of W1 behind act columns [first, first + count): in one group g, u, g, u ..., or in a group each.
 inline Block first_block(const Problem& p, int64_t expert, int64_t first, int64_t count) {
@@ -161,61 +62,6 @@ inline void activate(const float* c, const float* bias, float weight, int64_t co
   }
 }
 
-// A piece of the work: rows [begin, end) of the list, or of the tokens; columns [first, first + count).
-struct Task {
-  int64_t expert, begin, end, first, count;
-};
-
-constexpr int64_t ROWS_A_TASK = 512;
-
-// Columns a task: as many as `widest`, fewer while there are fewer than four tasks a thread.
-inline int64_t columns_per_task(int64_t widest, int64_t least, int64_t columns, int64_t repeats, int threads) {
-  int64_t width = widest;
-  while (width > least && repeats * ((columns + width - 1) / width) < 4 * threads) width /= 2;
-  return width;
-}
-
-constexpr int64_t LEAST_COLUMNS = BRAZE_TRANSPOSED || BRAZE_SPLIT ? 2 * L : 8;  // of a task
-
-// Columns of a task that reads weights in place: a run of memory that ends early costs what it takes to start the next,
-// so there are no more tasks than it takes to occupy all threads.
-inline int64_t columns_per_run(int64_t least, int64_t columns, int64_t repeats, int64_t least_tasks) {
-  const int64_t pieces = (least_tasks + repeats - 1) / std::max<int64_t>(repeats, 1);
-  return ((columns + pieces - 1) / pieces + least - 1) / least * least;
-}
-
-constexpr int64_t FIRST_TASKS = BRAZE_TRANSPOSED ? 2 : 8, SECOND_TASKS = BRAZE_TRANSPOSED ? 1 : 2;  // a thread
-
-inline std::vector<Task> first_tasks(const Problem& p, const Routing& r, int threads) {
-  const int64_t experts = r.used.size();
-  const int64_t in_place = columns_per_run(LEAST_COLUMNS, p.inner, experts, FIRST_TASKS * threads);
-  const int64_t packed = columns_per_task(PANEL_COLUMNS / GATES, LEAST_COLUMNS, p.inner, experts, threads);
-  std::vector<Task> tasks;
-  for (const int64_t e : r.used) {
-    const int64_t width = r.begin[e + 1] - r.begin[e] <= ROWS_IN_PLACE ? in_place : packed;
-    for (int64_t begin = r.begin[e]; begin < r.begin[e + 1]; begin += ROWS_A_TASK)
-      for (int64_t j = 0; j < p.inner; j += width)
-        tasks.push_back({e, begin, std::min(begin + ROWS_A_TASK, r.begin[e + 1]), j, std::min(width, p.inner - j)});
-  }
-  return tasks;
-}
-
-// Tokens are cut too where columns alone do not occupy all threads, or where sums would leave the cache.
-inline std::vector<Task> second_tasks(const Problem& p, int64_t most_rows, int threads) {
-  constexpr int64_t most = 4096, least = 512;
-  const int64_t width = most_rows <= ROWS_IN_PLACE
-      ? columns_per_run(LEAST_COLUMNS, p.hidden, 1, SECOND_TASKS * threads)
-      : columns_per_task(PANEL_COLUMNS, LEAST_COLUMNS, p.hidden, 1, threads);
-  const int64_t blocks = (p.hidden + width - 1) / width;
-  int64_t chunk = std::min(most, p.tokens);
-  while (chunk > least && blocks * ((p.tokens + chunk - 1) / chunk) < 2 * threads) chunk = (chunk + 1) / 2;
-  std::vector<Task> tasks;
-  for (int64_t t = 0; t < p.tokens; t += chunk)
-    for (int64_t n = 0; n < p.hidden; n += width)
-      tasks.push_back({0, t, std::min(t + chunk, p.tokens), n, std::min(width, p.hidden - n)});
-  return tasks;
-}
-
 // x where rows are multiplied as they are; otherwise a widened copy of it.
 template <class T>
 inline const Operand* operand_rows(const Problem& p, const T* x, Operand* copy, int64_t* stride) {
@@ -246,18 +92,6 @@ inline const Operand* operand_rows(const Problem& p, const T* x, Operand* copy, 
 }
 
 using Rows = std::vector<const Operand*>;
-
-// Columns of a tile of `rows`; read in place along N, as many as stay in L1.
-inline int64_t tile_columns(int64_t rows) {
-  if (!BRAZE_TRANSPOSED || rows > ROWS_IN_PLACE) return PANEL_COLUMNS;
-  return std::min<int64_t>(TILE_COLUMNS, STRIP_BYTES / sizeof(float) / rows / (2 * L) * (2 * L));
-}
-
-// f(first, count) for the columns of a task, `width` at a time.
-template <class F>
-__attribute__((always_inline)) inline void each_block(const Task& task, int64_t width, F&& f) {
-  for (int64_t j = 0; j < task.count; j += width) f(task.first + j, std::min(width, task.count - j));
-}
 
 // then: what this thread does next, if it is known.
 inline void first_product(
@@ -321,26 +155,6 @@ inline void second_product(
       write(
           p.out, t * p.hidden + task.first + j, p.out_dtype,
           V::loadu(sums + (t - task.begin) * stride + j) * V(p.scale), std::min<int64_t>(L, task.count - j));
-}
-
-#ifdef _OPENMP
-inline size_t thread_number() { return omp_get_thread_num(); }
-inline size_t team_size() { return omp_get_num_threads(); }
-#else
-inline size_t thread_number() { return 0; }
-inline size_t team_size() { return 1; }
-#endif
-
-// f(task, then) for the tasks of this thread: one of the first, then from the queue whatever is next. Where `early`, it takes
-// the next one before it does this one, to know it; otherwise `then` is null, and no thread waits with two in hand.
-template <class F>
-inline void each_task(std::atomic<size_t>& queue, const std::vector<Task>& tasks, bool early, F&& f) {
-  const auto take = [&] { return team_size() + queue++; };
-  for (size_t i = thread_number(); i < tasks.size();) {
-    const size_t then = early ? take() : tasks.size();
-    f(tasks[i], then < tasks.size() ? &tasks[then] : nullptr);
-    i = early ? then : take();
-  }
 }
 
 // Uninitialised memory aligned to a cache line.

@@ -14,7 +14,7 @@ import torch
 from braze.kernels.expression import emit, parse
 from braze.kernels.spec import GateUpLayout
 
-_NAMESPACE = "braze_kernel"  # as in moe.h
+_NAMESPACE = "braze_kernel"  # closed at the end of moe.h
 _FOLDER = Path(__file__).parent
 _TYPES = {torch.float32: "float", torch.bfloat16: "at::BFloat16", torch.float16: "at::Half"}
 
@@ -76,7 +76,7 @@ def moe_source(
             *(_header(name) for name in ("vector.h", "dot.h", "panel.h", "strip.h", "product.h")),
             _header("activation.h"),
             f"inline V activation(V g, V u) {{ return {expression}; }}",
-            _header("moe.h"),
+            *(_header(name) for name in ("problem.h", "tasks.h", "moe.h")),
             _entry(tensors or (1, 1, 1, 1)),
         )
     )
