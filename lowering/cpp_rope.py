@@ -44,7 +44,7 @@ def lower(
 
     def numbers(lies: Sequence[Any]) -> Sequence[Any]:
         known = [None if t is None else lie for t, lie in zip(given, lies, strict=True)]
-        return rope.numbers(*known, spec, norm, rows, [lie.offset for lie in lies])
+        return rope.numbers(known, spec, norm, rows, [lie.offset for lie in lies])
 
     tensors = [q if t is None else t for t in given]
     source = rope.source(q.get_dtype(), q_out.get_dtype(), spec.layout_in, spec.layout_out)

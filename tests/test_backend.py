@@ -42,7 +42,7 @@ def test_compiled_model_is_as_exact_as_eager(dtype: torch.dtype, kernel: str) ->
     (report,) = reports
     assert sorted(s.kind for s in report.sites) == ["moe"] * 2 + ["rope"] * 4 + ["router"] * 2
     assert {s.kernel for s in report.sites if s.kind == "moe"} <= ({"aten"} if kernel == "aten" else {"cpp", "aten"})
-    assert {s.kernel for s in report.sites if s.kind == "rope"} == {"pointwise"}
+    assert {s.kernel for s in report.sites if s.kind == "rope"} == {"cpp"}
 
 
 def test_model_with_no_site_is_inductors_with_one_line(caplog: pytest.LogCaptureFixture) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from braze.kernels.spec import MoeSpec, RopeSpec, RouteSpec
 from braze.kernels.triton import align, compat, moe, rope, route
+from braze.kernels.turning import Norm
 
 SILU = "g*u*sigmoid(g)"
 GPT_OSS = "(Min(Max(u, -7.0), 7.0) + 1.0) * Min(g, 7.0) * sigmoid(1.702*Min(g, 7.0))"
@@ -174,7 +175,7 @@ def rope_workloads() -> Iterator[Workload]:
         q, k = (torch.zeros(1, 16, heads, size, dtype=dtype).transpose(1, 2) for heads in (32, 16))
         cos, sin = (torch.zeros(1, 16, spec.rotary_dim // (1 if wide else 2), dtype=dtype) for _ in range(2))
         weight = torch.ones(size, dtype=dtype)
-        before = rope.Norm(1e-6, weight, weight) if norm else None
+        before = Norm(1e-6, weight, weight) if norm else None
         return lambda: rope.run(q, k, cos, sin, spec, norm=before, in_place=in_place)
 
     interleaved = RopeSpec(128, layout_in="interleaved", layout_out="interleaved")

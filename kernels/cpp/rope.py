@@ -98,12 +98,13 @@ def supports(x: Tensor, cos: Tensor, sin: Tensor, spec: RopeSpec, weight: Tensor
 
 
 def numbers(
-    q_out: Any, k_out: Any, q: Any, k: Any, cos: Any, sin: Any, q_weight: Any, k_weight: Any, index: Any, spec: RopeSpec,
-    norm: Norm | None, rows: Sequence[Any], offsets: Sequence[Any] = (0,) * len(_POINTERS),
+    tensors: Sequence[Any], spec: RopeSpec, norm: Norm | None, rows: Sequence[Any],
+    offsets: Sequence[Any] = (0,) * len(_POINTERS),
 ) -> list[Any]:  # fmt: skip
-    """What follows the pointers: of tensors, or of what has their shape, dtype and stride(). rows: empty, or a cache's strides
-    for (batch, row, head), its number of rows, the first of them, and the index's strides for (batch, token). offsets: in
-    elements, from each pointer to its tensor."""
+    """What follows the pointers to these tensors, or to what has their shape, dtype and stride(). rows: empty, or a cache's
+    strides for (batch, row, head), its number of rows, the first of them, and the index's strides for (batch, token). offsets:
+    in elements, from each pointer to its tensor."""
+    q_out, k_out, q, k, cos, sin, q_weight, _, index = tensors
     to, more = (rows[:3], rows[3:]) if rows else (_strides(k_out), (0, 0, 0, 0))
     count, first, index_batch, index_token = more
     tables = [(_CODE[t.dtype], 0 if t.shape[0] == 1 else t.stride(0), t.stride(1), t.stride(2)) for t in (cos, sin)]
@@ -138,5 +139,5 @@ def run(
     index = None if rows is None else rows.index
     lie = [] if rows is None else [*rows.strides, rows.count, rows.first, *rows.index_strides]
     tensors = (q_out, k_out, q, k, cos, sin, q_weight, k_weight, index)
-    kernel(*(q if t is None else t for t in tensors), *numbers(*tensors, spec, norm, lie))
+    kernel(*(q if t is None else t for t in tensors), *numbers(tensors, spec, norm, lie))
     return q_out, k_out
