@@ -101,9 +101,9 @@ def numbers(
     tensors: Sequence[Any], spec: RopeSpec, norm: Norm | None, rows: Sequence[Any],
     offsets: Sequence[Any] = (0,) * len(_POINTERS),
 ) -> list[Any]:  # fmt: skip
-    """What follows the pointers to these tensors, or to what has their shape, dtype and stride(). rows: empty, or a cache's strides
-    for (batch, row, head), its number of rows, the first of them, and the index's strides for (batch, token). offsets: in
-    elements, from each pointer to its tensor."""
+    """What follows the pointers to these tensors, or to what has their shape, dtype and stride(). rows: empty, or a cache's
+    strides for (batch, row, head), its number of rows, the first of them, and the index's strides for (batch, token). offsets:
+    in elements, from each pointer to its tensor."""
     q_out, k_out, q, k, cos, sin, q_weight, _, index = tensors
     to, more = (rows[:3], rows[3:]) if rows else (_strides(k_out), (0, 0, 0, 0))
     count, first, index_batch, index_token = more
