@@ -2,8 +2,8 @@
 
 `braze::moe` (`moe_apart`, `moe_separate` where weights are several tensors), `braze::rope`, `braze::rms_norm`,
 `braze::route` and `braze::grouped_mm` are functional; each has a fake kernel (shapes), a reference in float32
-(braze.kernels.reference) and a decomposition into ATen ops, which is how they run eagerly. `braze::rope_into` is a call of a
-kernel, which writes q's and k's rotation.
+(braze.kernels.reference) and a decomposition into ATen ops, which is how they run eagerly. `braze::rope_into` and
+`braze::gate_into` are calls of kernels, which write q's and k's rotation, and a router's weights and ids.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from braze.kernels import aten, separate
+from braze.kernels.cpp import gate as cpp_gate
 from braze.kernels.cpp import moe as cpp_moe
 from braze.kernels.cpp import moe_separate as cpp_separate
 from braze.kernels.cpp import rope as cpp_rope
@@ -58,6 +59,11 @@ ROUTE_SCHEMA = (
     "int top_groups=1, str group_score='max', str closed='out', str renorm='no', float eps=0.0, float scale=1.0, "
     "int shared=0, ScalarType? out_dtype=None, ScalarType ids_dtype=long) -> (Tensor weights, Tensor ids)"
 )
+GATE_SCHEMA = (
+    "(Tensor(a!) weights, Tensor(b!) ids, Tensor x, Tensor w, Tensor? b, Tensor? bias, *, ScalarType logits, "
+    + ROUTE_SCHEMA[ROUTE_SCHEMA.index("int top_k") : ROUTE_SCHEMA.index(" ->")]
+    + " -> ()"
+)
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 torch.library.define("braze::moe", MOE_SCHEMA, tags=_TAGS)
@@ -67,6 +73,7 @@ torch.library.define("braze::rope", ROPE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::rms_norm", NORM_SCHEMA, tags=_TAGS)
 torch.library.define("braze::rope_into", ROPE_INTO_SCHEMA, tags=_TAGS)
 torch.library.define("braze::route", ROUTE_SCHEMA, tags=_TAGS)
+torch.library.define("braze::gate_into", GATE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::grouped_mm", "(Tensor x, Tensor w, Tensor offs) -> Tensor", tags=_TAGS)
 torch.library.define(
     "braze::vendor_grouped_mm",
@@ -286,6 +293,20 @@ def _route_fake(logits: Tensor, bias: Tensor | None = None, **attributes: Any) -
     lead = logits.shape[:-1]
     weights = logits.new_empty((*lead, spec.top_k + spec.shared), dtype=spec.out_dtype or logits.dtype)
     return weights, logits.new_empty((*lead, spec.top_k), dtype=spec.ids_dtype)
+
+
+@torch.library.register_fake("braze::gate_into")
+def _gate_into_fake(*args: Any, **attributes: Any) -> None:
+    return None
+
+
+@torch.library.impl("braze::gate_into", "CPU")
+def _gate_into(
+    weights: Tensor, ids: Tensor, x: Tensor, w: Tensor, b: Tensor | None, bias: Tensor | None, *, logits: torch.dtype,
+    **attributes: Any,
+) -> None:  # fmt: skip
+    """The C++ kernel; what the graph has of it is written by `braze.lowering.gate`."""
+    cpp_gate.run(x, w, b, bias, logits, _route_spec(**attributes), (weights, ids))
 
 
 def _few(logits: Tensor) -> bool:

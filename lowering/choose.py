@@ -13,7 +13,7 @@ from braze.kernels.spec import MoeSpec, RouteSpec
 from braze.kernels.triton import compat
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
-from braze.lowering import rotations
+from braze.lowering import gate, rotations
 from braze.lowering.rotations import Turn, turn
 
 
@@ -110,6 +110,11 @@ def choose_route(call: fx.Node, forced: str) -> tuple[str, str]:
         return "aten", "asked for"
     if kernel is None or forced not in ("auto", name):
         return "aten", composed
+    if kernel is cpp_route and gate.behind(call) is not None:
+        return (
+            name,
+            "asked for" if forced == name else "one C++ call from the tokens to weights and ids, the product included",
+        )
     size = logits.numel()
     if kernel is cpp_route and not (isinstance(size, int) and size >= cpp_route.WORTH):
         return "aten", f"{composed}; a call of the C++ kernel costs more than it saves for so few tokens"

@@ -9,7 +9,7 @@ from braze.kernels import aten, separate
 from braze.kernels.spec import MoeSpec, RouteSpec
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
-from braze.lowering import cpp_call, cpp_rope, inductor, rope_loops, rotations, vendor
+from braze.lowering import cpp_call, cpp_rope, gate, inductor, rope_loops, rotations, vendor
 from braze.lowering.choose import choose_apart, choose_moe, choose_rope, choose_route, choose_separate
 from braze.lowering.inline import inline, inline_all
 from braze.lowering.rotations import Turn
@@ -19,6 +19,7 @@ def register() -> None:
     """Tells Inductor how to lower the semantic ops that stay in a graph, once; the ops must have been defined."""
     inductor.register(torch.ops.braze.rope.default, rope_loops.lower)
     inductor.register(torch.ops.braze.rope_into.default, cpp_rope.lower)
+    inductor.register(torch.ops.braze.gate_into.default, gate.lower)
     inductor.register(torch.ops.braze.moe.default, cpp_call.lower_moe)
     inductor.register(torch.ops.braze.moe_separate.default, cpp_call.lower_separate)
 
@@ -95,6 +96,10 @@ def _apply_route(call: fx.Node, kernel: str) -> None:
         _inline_results(call, _compose_route)
     elif kernel == "triton":
         _inline_results(call, _launch_route)
+    else:
+        product = gate.behind(call)
+        if product is not None:
+            gate.fuse(call, product)
 
 
 def _inline_results(call: fx.Node, compose: Callable[..., tuple[Tensor, ...]]) -> None:

@@ -74,7 +74,7 @@ def test_reasons() -> None:
 @needs_compiler
 @pytest.mark.parametrize(
     ("length", "forced", "kernel"),
-    [(4, "auto", "aten"), (route.WORTH // E, "auto", "cpp"), (route.WORTH // E, "aten", "aten")],
+    [(4, "auto", "cpp"), (12, "auto", "aten"), (route.WORTH // E, "auto", "cpp"), (route.WORTH // E, "aten", "aten")],
 )
 def test_chosen_where_it_pays(length: int, forced: str, kernel: str) -> None:
     router, _ = SPELLINGS["deepseek_v3"]

@@ -14,9 +14,9 @@ import torch
 from braze.kernels.expression import emit, parse
 from braze.kernels.spec import GateUpLayout
 
-_NAMESPACE = "braze_kernel"  # closed at the end of moe.h
+NAMESPACE = "braze_kernel"  # closed at the end of moe.h
 _FOLDER = Path(__file__).parent
-_TYPES = {torch.float32: "float", torch.bfloat16: "at::BFloat16", torch.float16: "at::Half"}
+TYPES = {torch.float32: "float", torch.bfloat16: "at::BFloat16", torch.float16: "at::Half"}
 
 VECTOR: Mapping[str, Callable[..., Any]] = {
     "add": lambda a, b: f"({a} + {b})",
@@ -71,8 +71,8 @@ def moe_source(
             "#include <vector>",
             "#include <ATen/cpu/vec/functional.h>",
             *(f"#undef {name}\n#define {name} {int(value)}" for name, value in constants.items()),
-            f"namespace {_NAMESPACE} {{",
-            f"using Weight = {_TYPES[dtype]};",
+            f"namespace {NAMESPACE} {{",
+            f"using Weight = {TYPES[dtype]};",
             *(_header(name) for name in ("vector.h", "dot.h", "panel.h", "strip.h", "product.h")),
             _header("activation.h"),
             f"inline V activation(V g, V u) {{ return {expression}; }}",
@@ -105,12 +105,12 @@ def _entry(tensors: Sequence[int]) -> str:
         for kind, each in zip(("w1", "w2", "b1", "b2"), names, strict=True)
     )
     call = ", ".join(("out", "x", "ids", "router", "w1", "w2", "b1", "b2", *NUMBERS, "scale"))
-    return f'extern "C" void kernel({", ".join(parameters)}) {{\n{lists}  {_NAMESPACE}::run({call});\n}}\n'
+    return f'extern "C" void kernel({", ".join(parameters)}) {{\n{lists}  {NAMESPACE}::run({call});\n}}\n'
 
 
 def renamed(source: str, name: str) -> str:
     """The source with its function and namespace named after `name`, to stand beside others in one file."""
-    return source.replace("void kernel(", f"void {name}(").replace(_NAMESPACE, f"{name}_parts")
+    return source.replace("void kernel(", f"void {name}(").replace(NAMESPACE, f"{name}_parts")
 
 
 @cache

@@ -1,0 +1,127 @@
+"""A router's call on CPU with few tokens takes the product that made its logits: one C++ call from x to weights and ids.
+
+Widening is exact, so x and the weight are read as they are stored where the graph widens them before the product.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from braze.kernels.cpp import gate
+from braze.kernels.spec import RouteSpec
+from braze.lowering import inductor
+from braze.lowering.inline import inline_all
+
+aten = torch.ops.aten
+_CAST = torch.ops.prims.convert_element_type.default
+
+
+@dataclass(frozen=True)
+class Gate:
+    """logits = x [T, H] @ w [E, H].T (+ b [E]), which nothing but the router reads."""
+
+    x: fx.Node
+    w: fx.Node
+    b: fx.Node | None
+
+
+def behind(call: fx.Node) -> Gate | None:
+    """The product behind a `braze::route` call, if the kernel takes both."""
+    found = _product(call)
+    if found is None:
+        return None
+    logits, bias = _arguments(call)
+    if logits.meta["val"].device.type != "cpu":
+        return None
+    values = [None if n is None else n.meta["val"] for n in (found.x, found.w, found.b, bias)]
+    attributes: Any = call.kwargs
+    refusal = gate.supports(*values, logits.meta["val"].dtype, RouteSpec(**attributes))  # type: ignore[arg-type]
+    return found if refusal is None else None
+
+
+def fuse(call: fx.Node, found: Gate) -> None:
+    """Replaces call and product by `braze::gate_into`."""
+    logits, bias = _arguments(call)
+    dtype = logits.meta["val"].dtype
+    attributes: Any = call.kwargs
+    spec = RouteSpec(**attributes)
+    given = (found.x, found.w, found.b, bias)
+    inputs = [n for n in given if n is not None]
+    picks = sorted(call.users)
+
+    def body(*tensors: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(tensors)
+        x, w, b, bias = (None if n is None else next(rest) for n in given)
+        assert x is not None
+        weights, ids = gate.results(x, dtype, spec)
+        arguments = {
+            "weights": weights,
+            "ids": ids,
+            "x": x,
+            "w": w,
+            "b": b,
+            "bias": bias,
+            "logits": dtype,
+            **attributes,
+        }
+        written = inductor.updated(torch.ops.braze.gate_into.default, ("weights", "ids"), arguments)
+        return tuple(written[pick.args[1]] for pick in picks)  # type: ignore[index]
+
+    inline_all(picks, inputs, body, inductor.decompositions())
+    call.graph.erase_node(call)
+
+
+def lower(weights: Any, ids: Any, x: Any, w: Any, b: Any, bias: Any, *, logits: torch.dtype, **attributes: Any) -> None:
+    """`braze::gate_into` as the call."""
+    spec = RouteSpec(**attributes)
+    given = [weights, ids, x, w, b, bias]
+
+    def numbers(lies: Sequence[Any]) -> Sequence[Any]:
+        to, chosen, rows, gates, *biases = lies
+        first, second = (None if t is None else lie for t, lie in zip((b, bias), biases, strict=True))
+        return gate.numbers(to, chosen, rows, gates, first, second, logits, spec)
+
+    tensors = [x if t is None else t for t in given]
+    inductor.cpp_update(tensors, 2, gate.source(x.get_dtype(), w.get_dtype()), numbers, gate.ARGUMENTS)
+
+
+def _arguments(call: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    logits, bias = (*call.args, None)[:2]
+    assert isinstance(logits, fx.Node)
+    return logits, bias if isinstance(bias, fx.Node) else None
+
+
+def _product(call: fx.Node) -> Gate | None:
+    node, reader = _arguments(call)[0], call
+    while node.target is aten.alias.default and _only_for(node, reader):
+        node, reader = node.args[0], node  # type: ignore[assignment]
+    if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs or not _only_for(node, reader):
+        return None
+    *b, x, transposed = node.args
+    w = _rows(transposed)
+    if w is None or (b and b[0].meta["val"].ndim != 1):  # type: ignore[union-attr]
+        return None
+    return Gate(_stored(x), w, b[0] if b else None)  # type: ignore[arg-type]
+
+
+def _only_for(node: fx.Node, reader: fx.Node) -> bool:
+    return list(node.users) == [reader]
+
+
+def _rows(node: Any) -> fx.Node | None:
+    """w [E, H] where node is its transpose."""
+    node = _stored(node)
+    if node.target is not aten.permute.default or list(node.args[1]) != [1, 0]:
+        return None
+    return _stored(node.args[0])
+
+
+def _stored(node: Any) -> fx.Node:
+    """What a node widens to float32."""
+    widens = node.target is _CAST and node.args[1] is torch.float32
+    if widens and node.args[0].meta["val"].dtype in (torch.bfloat16, torch.float16):
+        return node.args[0]  # type: ignore[no-any-return]
+    return node  # type: ignore[no-any-return]
