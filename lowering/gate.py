@@ -36,9 +36,11 @@ def behind(call: fx.Node) -> Gate | None:
     logits, bias = _arguments(call)
     if logits.meta["val"].device.type != "cpu":
         return None
-    values = [None if n is None else n.meta["val"] for n in (found.x, found.w, found.b, bias)]
+    b, choice = (None if n is None else n.meta["val"] for n in (found.b, bias))
     attributes: Any = call.kwargs
-    refusal = gate.supports(*values, logits.meta["val"].dtype, RouteSpec(**attributes))  # type: ignore[arg-type]
+    refusal = gate.supports(
+        found.x.meta["val"], found.w.meta["val"], b, choice, logits.meta["val"].dtype, RouteSpec(**attributes)
+    )
     return found if refusal is None else None
 
 
@@ -77,12 +79,14 @@ def fuse(call: fx.Node, found: Gate) -> None:
 def lower(weights: Any, ids: Any, x: Any, w: Any, b: Any, bias: Any, *, logits: torch.dtype, **attributes: Any) -> None:
     """`braze::gate_into` as the call."""
     spec = RouteSpec(**attributes)
+    x, w = inductor.with_rows(x), inductor.with_rows(w)
     given = [weights, ids, x, w, b, bias]
 
     def numbers(lies: Sequence[Any]) -> Sequence[Any]:
         to, chosen, rows, gates, *biases = lies
         first, second = (None if t is None else lie for t, lie in zip((b, bias), biases, strict=True))
-        return gate.numbers(to, chosen, rows, gates, first, second, logits, spec)
+        offsets = [lie.offset for lie in (rows, gates, *biases)]  # pointers are those of whole buffers
+        return gate.numbers(to, chosen, rows, gates, first, second, logits, spec, offsets)
 
     tensors = [x if t is None else t for t in given]
     inductor.cpp_update(tensors, 2, gate.source(x.get_dtype(), w.get_dtype()), numbers, gate.ARGUMENTS)

@@ -139,6 +139,20 @@ def test_widened_and_with_a_bias() -> None:
     assert_close(got, run(*given), 1e-5)
 
 
+def test_parts_of_larger_tensors() -> None:
+    """The last tokens of a sequence, one layer's part of stacked routers: nothing begins where its memory does."""
+    router, _ = SPELLINGS["deepseek_v3"]
+
+    def run(x: Tensor, w: Tensor, bias: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        return layer(router)(x[3:5], w[1], bias[1], w1, w2)
+
+    x, w, bias, w1, w2 = inputs(5)
+    given = (x, torch.stack((w + 1, w)), torch.stack((bias + 1, bias)), w1, w2)
+    got, site = site_of(run, *given)
+    assert "the product included" in site.why, site.why
+    assert_close(got, run(*(v.double() for v in given)), 1e-5)
+
+
 def test_logits_that_are_read_elsewhere_stay() -> None:
     router, _ = SPELLINGS["deepseek_v3"]
 

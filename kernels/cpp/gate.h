@@ -58,8 +58,8 @@ inline float rounded(float v, int64_t dtype) {
 
 // All logits of `rows` tokens; each thread has a stretch of w.
 inline void products(
-    const X* x, int64_t x_stride, const Gate* w, int64_t w_stride, const void* b, int64_t b_dtype, int64_t logits_dtype,
-    int64_t rows, int64_t hidden, int64_t all, float* logits, int64_t threads) {
+    const X* x, int64_t x_stride, const Gate* w, int64_t w_stride, const void* b, int64_t b_offset,
+    int64_t b_dtype, int64_t logits_dtype, int64_t rows, int64_t hidden, int64_t all, float* logits, int64_t threads) {
   const X* row[FEW];
   for (int64_t t = 0; t < rows; ++t) row[t] = x + t * x_stride;
   threads = std::max<int64_t>(1, std::min<int64_t>(threads, all * hidden * sizeof(Gate) / SHARE));
@@ -67,7 +67,7 @@ inline void products(
   for (int64_t e = 0; e < all; ++e) {
     dots_of<FEW>(rows, row, w + e * w_stride, hidden, logits + e, all);
     float add = 0.f;
-    if (b_dtype != NONE) read(b, e, 1, 1, b_dtype, &add);
+    if (b_dtype != NONE) read(b, b_offset + e, 1, 1, b_dtype, &add);
     for (int64_t t = 0; t < rows; ++t) logits[t * all + e] = rounded(logits[t * all + e] + add, logits_dtype);
   }
 }
@@ -77,8 +77,9 @@ inline void products(
 extern "C" void kernel(
     void* weights, void* ids, const void* x, const void* w, const void* b, const void* bias, int64_t weights_dtype,
     int64_t wide_ids, int64_t x_stride, int64_t w_stride, int64_t b_dtype, int64_t logits_dtype, int64_t hidden,
-    int64_t bias_dtype, int64_t rows, int64_t experts, int64_t shared, int64_t top_k, int64_t scoring,
-    int64_t on_scores, int64_t groups, int64_t open, int64_t top2, int64_t zero, int64_t renorm, float eps,
+    int64_t bias_dtype, int64_t x_offset, int64_t w_offset, int64_t b_offset, int64_t bias_offset, int64_t rows,
+    int64_t experts, int64_t shared, int64_t top_k, int64_t scoring, int64_t on_scores, int64_t groups,
+    int64_t open, int64_t top2, int64_t zero, int64_t renorm, float eps,
     float scale) {
   using namespace braze_kernel;
 #ifdef _OPENMP
@@ -89,12 +90,12 @@ extern "C" void kernel(
   const int64_t all = experts + shared;
   std::vector<float> logits(rows * all), wide_bias(experts);
   products(
-      static_cast<const X*>(x), x_stride, static_cast<const Gate*>(w), w_stride, b, b_dtype, logits_dtype, rows, hidden,
-      all, logits.data(), threads);
+      static_cast<const X*>(x) + x_offset, x_stride, static_cast<const Gate*>(w) + w_offset, w_stride, b, b_offset,
+      b_dtype, logits_dtype, rows, hidden, all, logits.data(), threads);
   const Problem p{
       logits.data(), bias, F32, bias_dtype, all, 1, experts, shared, top_k, scoring, on_scores, groups, open, top2, zero,
       renorm, eps, scale};
-  if (bias_dtype != NONE) read(bias, 0, experts, 1, bias_dtype, wide_bias.data());
+  if (bias_dtype != NONE) read(bias, bias_offset, experts, 1, bias_dtype, wide_bias.data());
   for (int64_t t = 0; t < rows; ++t) {
     if (wide_ids) {
       route(p, wide_bias.data(), t, weights, weights_dtype, static_cast<int64_t*>(ids));

@@ -3,7 +3,7 @@
 A product of a handful of rows, a top-k and what is left of a softmax take longer to start than to compute.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,7 +17,7 @@ from braze.kernels.cpp.toolchain import compile_cpp
 from braze.kernels.spec import RouteSpec
 
 FEW = 8  # tokens at most, as in gate.h
-ARGUMENTS = ("void*", "void*", *("const void*",) * 4, *("int64_t",) * 19, "float", "float")
+ARGUMENTS = ("void*", "void*", *("const void*",) * 4, *("int64_t",) * 23, "float", "float")
 
 
 def source(x: torch.dtype, w: torch.dtype) -> str:
@@ -81,11 +81,15 @@ def results(x: Tensor, logits: torch.dtype, spec: RouteSpec) -> tuple[Tensor, Te
 
 
 def numbers(
-    weights: Any, ids: Any, x: Any, w: Any, b: Any, bias: Any, logits: torch.dtype, spec: RouteSpec
-) -> tuple[Any, ...]:
-    """What the function takes after its pointers, of tensors or of what stands for them."""
+    weights: Any, ids: Any, x: Any, w: Any, b: Any, bias: Any, logits: torch.dtype, spec: RouteSpec,
+    offsets: Sequence[Any] = (0, 0, 0, 0),
+) -> tuple[Any, ...]:  # fmt: skip
+    """What the function takes after its pointers, of tensors or of what stands for them.
+
+    offsets: of x, w, b and bias from where their pointers point to, in elements.
+    """
     return (
         DTYPES[weights.dtype], int(ids.dtype == torch.int64), x.stride(0), w.stride(0),
         0 if b is None else DTYPES[b.dtype], DTYPES[logits], x.shape[1], 0 if bias is None else DTYPES[bias.dtype],
-        x.shape[0], w.shape[0] - spec.shared, *route.attributes(spec, bias is not None),
+        *offsets, x.shape[0], w.shape[0] - spec.shared, *route.attributes(spec, bias is not None),
     )  # fmt: skip
