@@ -7,18 +7,6 @@
 constexpr int64_t FEW = 8;          // rows at most: what one reading of a weight serves
 constexpr int64_t SHARE = 1 << 17;  // bytes of weights for which another thread pays
 
-inline V wide(const float* p) { return V::loadu(p); }
-template <class T>
-inline V wide(const T* p) {
-  V v;
-  if constexpr (std::is_same_v<T, at::BFloat16>) {
-    at::vec::load_fp32_from_bf16(p, v);
-  } else {
-    at::vec::load_fp32_from_fp16(p, v);
-  }
-  return v;
-}
-
 // out[t * stride] = x[t] . w for N rows; several sums a row while rows are few, since an addition takes four cycles.
 template <int N>
 inline void dots(const X* const* x, const Gate* w, int64_t hidden, float* out, int64_t stride) {
@@ -29,8 +17,8 @@ inline void dots(const X* const* x, const Gate* w, int64_t hidden, float* out, i
   int64_t i = 0;
   for (; i + U * L <= hidden; i += U * L)
     for (int u = 0; u < U; ++u) {
-      const V b = wide(w + i + u * L);
-      for (int t = 0; t < N; ++t) sum[t][u] = at::vec::fmadd(wide(x[t] + i + u * L), b, sum[t][u]);
+      const V b = load_wide(w + i + u * L);
+      for (int t = 0; t < N; ++t) sum[t][u] = at::vec::fmadd(load_wide(x[t] + i + u * L), b, sum[t][u]);
     }
   for (int t = 0; t < N; ++t) {
     for (int u = 1; u < U; ++u) sum[t][0] = sum[t][0] + sum[t][u];

@@ -2,9 +2,9 @@
 //
 // The k best so far are a sorted list. A vector of choices of which none beats the last of them is passed over at
 // once, so most are looked at only once. Of equal choices the lower index comes first, NaN before all else.
+//
+// Expects load.h.
 
-using V = at::vec::Vectorized<float>;
-constexpr int64_t L = V::size();
 constexpr int64_t MOST = 4096;    // experts, and shared ones
 constexpr int64_t CHOSEN = 64;    // results of a token
 constexpr int64_t GROUPS = 64;

@@ -31,7 +31,8 @@ def text(entry: str, *declarations: str) -> str:
     folder = Path(__file__).parent
     return "\n".join((
         "#include <torch/csrc/inductor/cpp_prefix.h>", "#include <vector>", "#include <ATen/cpu/vec/functional.h>",
-        f"namespace {NAMESPACE} {{", *declarations, (folder / "route.h").read_text(), (folder / entry).read_text(),
+        f"namespace {NAMESPACE} {{", *declarations,
+        *((folder / name).read_text() for name in ("load.h", "route.h", entry)),
     ))  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def moe_source(
             *(f"#undef {name}\n#define {name} {int(value)}" for name, value in constants.items()),
             f"namespace {NAMESPACE} {{",
             f"using Weight = {TYPES[dtype]};",
-            *(_header(name) for name in ("vector.h", "dot.h", "panel.h", "strip.h", "product.h")),
+            *(_header(name) for name in ("load.h", "vector.h", "dot.h", "panel.h", "strip.h", "product.h")),
             _header("activation.h"),
             f"inline V activation(V g, V u) {{ return {expression}; }}",
             *(_header(name) for name in ("problem.h", "tasks.h", "moe.h")),

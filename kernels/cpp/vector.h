@@ -3,10 +3,7 @@
 // Widened bfloat16 is multiplied in split order: of each 32 elements along K the even ones, then the odd ones, which a
 // shift and a mask yield without a shuffle; activations are stored in the same order, padded with zeros.
 //
-// Expects: Weight, the dtype of the weights; BRAZE_TRANSPOSED, whether they are [K, N] rather than [N, K].
-
-using V = at::vec::Vectorized<float>;
-constexpr int L = V::size();
+// Expects load.h; Weight, the dtype of the weights; BRAZE_TRANSPOSED, whether they are [K, N] rather than [N, K].
 
 #undef BRAZE_PAIRED
 #undef BRAZE_SPLIT
@@ -50,18 +47,7 @@ inline float widen(float v) { return v; }
 inline float widen(at::BFloat16 v) { return static_cast<float>(v); }
 inline float widen(at::Half v) { return static_cast<float>(v); }
 
-inline V load_wide(const float* p) { return V::loadu(p); }
 inline V load_wide(const float* p, int count) { return V::loadu(p, count); }
-template <class T>
-inline V load_wide(const T* p) {
-  V v;
-  if constexpr (std::is_same_v<T, at::BFloat16>) {
-    at::vec::load_fp32_from_bf16(p, v);
-  } else {
-    at::vec::load_fp32_from_fp16(p, v);
-  }
-  return v;
-}
 template <class T>
 inline V load_wide(const T* p, int count) {
   float tmp[L] = {};
