@@ -1,6 +1,6 @@
 """The semantic ops: what a find is rewritten to, before any kernel is chosen.
 
-`braze::moe` (`moe_apart`, `moe_separate` where weights are several tensors), `braze::rope`, `braze::rms_norm`,
+`braze::moe` (`moe_apart`, `moe_separate` where weights are several tensors), `braze::mlp`, `braze::rope`, `braze::rms_norm`,
 `braze::route` and `braze::grouped_mm` are functional; each has a fake kernel (shapes), a reference in float32
 (braze.kernels.reference) and a decomposition into ATen ops, which is how they run eagerly. `braze::rope_into` and
 `braze::gate_into` are calls of kernels, which write q's and k's rotation, and a router's weights and ids.
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from braze.kernels import aten, separate
 from braze.kernels.cpp import gate as cpp_gate
+from braze.kernels.cpp import mlp as cpp_mlp
 from braze.kernels.cpp import moe as cpp_moe
 from braze.kernels.cpp import moe_separate as cpp_separate
 from braze.kernels.cpp import rope as cpp_rope
@@ -44,6 +45,10 @@ APART_SCHEMA = (
     'Tensor? b2=None, *, str activation="g*u*sigmoid(g)", str layout="halves", bool transposed=False, '
     'str weight_on="output", float scale=1.0, ScalarType? out_dtype=None) -> Tensor'
 )
+MLP_SCHEMA = (
+    '(Tensor x, Tensor[] w1, Tensor w2, Tensor[] b1, Tensor? b2=None, *, str activation="g*u*sigmoid(g)", str layout="halves", '
+    "bool transposed=False, ScalarType? out_dtype=None) -> Tensor"
+)
 ROPE_SCHEMA = (
     "(Tensor x, Tensor cos, Tensor sin, *, int rotary_dim, int start=0, str layout_in='half', "
     "str layout_out='half', bool inverse=False, ScalarType? out_dtype=None) -> Tensor"
@@ -69,6 +74,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 torch.library.define("braze::moe", MOE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::moe_separate", SEPARATE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::moe_apart", APART_SCHEMA, tags=_TAGS)
+torch.library.define("braze::mlp", MLP_SCHEMA, tags=_TAGS)
 torch.library.define("braze::rope", ROPE_SCHEMA, tags=_TAGS)
 torch.library.define("braze::rms_norm", NORM_SCHEMA, tags=_TAGS)
 torch.library.define("braze::rope_into", ROPE_INTO_SCHEMA, tags=_TAGS)
@@ -237,6 +243,33 @@ def _apart(
     if x.device.type == "cpu":
         return _one_by_one(x, ids, weights, *separate.lists(gate, up, w2, b_gate, b_up, b2), spec)
     return aten.moe_apart(x, ids, weights, gate, up, w2, b_gate, b_up, b2, spec)
+
+
+@torch.library.register_fake("braze::mlp")
+def _mlp_fake(
+    x: Tensor, w1: list[Tensor], w2: Tensor, b1: list[Tensor], b2: Tensor | None = None, **attributes: Any
+) -> Tensor:
+    spec = MoeSpec(**attributes)
+    torch._check(len(w1) in (1, 2) and len(b1) in (0, len(w1)), lambda: f"mlp: {len(w1)} weights and {len(b1)} biases")
+    hidden, columns = (0, 1) if spec.transposed else (1, 0)
+    gates = 1 if spec.layout == "none" else 2
+    width = sum(w.shape[columns] for w in w1)
+    fits = all(w.shape[hidden] == x.shape[1] for w in w1) and width == gates * w2.shape[hidden]
+    torch._check(
+        fits and w2.shape[columns] == x.shape[1],
+        lambda: f"mlp: {[tuple(w.shape) for w in (*w1, w2)]} for x {tuple(x.shape)} and layout {spec.layout!r}",
+    )
+    return x.new_empty(x.shape, dtype=spec.out_dtype or x.dtype)
+
+
+@torch.library.impl("braze::mlp", "CompositeExplicitAutograd")
+def _mlp(
+    x: Tensor, w1: list[Tensor], w2: Tensor, b1: list[Tensor], b2: Tensor | None = None, **attributes: Any
+) -> Tensor:
+    spec = _moe_spec(**attributes)
+    if cpp_mlp.supports(x, w1, w2, b1, b2, spec):
+        return separate.mlp(x, w1, w2, b1, b2, spec).to(spec.out_dtype or x.dtype)
+    return cpp_mlp.run(x, w1, w2, b1, b2, spec)
 
 
 @torch.library.register_fake("braze::rope")

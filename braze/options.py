@@ -17,12 +17,14 @@ KERNELS: dict[Kind, tuple[str, ...]] = {
     "rope": ("auto", "pointwise", "cpp", "triton", "sgl_kernel", "vllm_xpu", "ipex"),
     "moe": ("auto", "cpp", "triton", "aten", "sgl_kernel", "vllm_xpu"),
     "router": ("auto", "cpp", "triton", "aten", "sgl_kernel", "vllm_xpu", "ipex"),
+    "mlp": ("auto", "cpp", "aten"),
 }
 
 #: name -> (type, default, what it does), in the order of the documentation
 DOCUMENTED: dict[str, tuple[str, str, str]] = {
     "require": (
-        "list of kinds", "[]", 'Kinds ("rope", "moe", "router") of which every graph must fuse one, or compilation fails.'
+        "list of kinds", "[]",
+        'Kinds ("rope", "moe", "router", "mlp") of which every graph must fuse one, or compilation fails.',
     ),
     "disable": ("list of kinds", "[]", "Kinds that are left as the model spells them."),
     "strict": ("bool", "False", "Raise an error inside braze's passes; otherwise it is logged and the site stays unfused."),
@@ -30,8 +32,8 @@ DOCUMENTED: dict[str, tuple[str, str, str]] = {
         "dict of kind to kernel", "{}",
         "Asks for a kernel instead of the best one, where it can run: "
         '{"rope": "auto" | "pointwise" | "cpp" | "triton", "moe": "auto" | "cpp" | "triton" | "aten", "router": "auto" | '
-        '"cpp" | "triton" | "aten"}; "sgl_kernel" for each, "vllm_xpu" for each and "ipex" for rope and router are other '
-        "projects' (docs/vendor.md).",
+        '"cpp" | "triton" | "aten", "mlp": "auto" | "cpp" | "aten"}; "sgl_kernel" and "vllm_xpu" for rope, moe and router and '
+        "\"ipex\" for rope and router are other projects' (docs/vendor.md).",
     ),
 }  # fmt: skip
 

@@ -3,6 +3,8 @@
 Computed in float32, or in float64 where the input is float64, and rounded once at the end. Clarity before speed.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,22 @@ def moe(
             y = y + b2[e].to(acc)
         out.index_add_(0, tokens, y * w if spec.weight_on == "output" else y)
     return (out * spec.scale).to(spec.out_dtype or x.dtype)
+
+
+def mlp(x: Tensor, w1: Sequence[Tensor], w2: Tensor, b1: Sequence[Tensor], b2: Tensor | None, spec: MoeSpec) -> Tensor:
+    """x [T, H], w1 [N, H] or gate's and up's [I, H], w2 [H, I] ([H, N] ... where transposed), b1 likewise or none -> [T, H].
+
+    Of spec, activation, layout, transposed and out_dtype count.
+    """
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def product(rows: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        y = rows @ (w if spec.transposed else w.T).to(acc)
+        return y if b is None else y + b.to(acc)
+
+    columns = [product(x.to(acc), w, b1[i] if b1 else None) for i, w in enumerate(w1)]
+    gate, up = columns if len(columns) == 2 else split_gate_up(columns[0], spec.layout)
+    return product(apply_torch(spec.activation, gate, up), w2, b2).to(spec.out_dtype or x.dtype)
 
 
 def _pairs(x: Tensor, layout: PairLayout) -> tuple[Tensor, Tensor]:

@@ -42,12 +42,18 @@ def moe(
         begin = end
         token, w = row // k, scores[row].to(acc)[:, None]
         rows = x[token] if spec.weight_on == "output" else (x[token].to(acc) * w).to(x.dtype)
-        parts = range(e * apart, (e + 1) * apart)
-        columns = [_product(rows, w1[i], b1[i] if b1 else None, spec).to(acc) for i in parts]
-        gate, up = split_gate_up(columns[0], spec.layout) if apart == 1 else columns
-        y = _product(apply_torch(spec.activation, gate, up).to(x.dtype), w2[e], b2[e] if b2 else None, spec).to(acc)
+        own = slice(e * apart, (e + 1) * apart)
+        y = mlp(rows, w1[own], w2[e], b1[own], b2[e] if b2 else None, spec).to(acc)
         out.index_add_(0, token, y * w if spec.weight_on == "output" else y)
     return (out if spec.scale == 1.0 else out * spec.scale).to(spec.out_dtype or x.dtype)
+
+
+def mlp(x: Tensor, w1: Sequence[Tensor], w2: Tensor, b1: Sequence[Tensor], b2: Tensor | None, spec: MoeSpec) -> Tensor:
+    """As `braze.kernels.reference.mlp` but for the result's dtype; products in x's dtype, all else as in `moe`."""
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    columns = [_product(x, w, b1[i] if b1 else None, spec).to(acc) for i, w in enumerate(w1)]
+    gate, up = split_gate_up(columns[0], spec.layout) if len(columns) == 1 else columns
+    return _product(apply_torch(spec.activation, gate, up).to(x.dtype), w2, b2, spec)
 
 
 def lists(

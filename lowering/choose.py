@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from braze.kernels import separate
+from braze.kernels.cpp import mlp as cpp_mlp
 from braze.kernels.cpp import moe as cpp_moe
 from braze.kernels.cpp import moe_separate as cpp_separate
 from braze.kernels.cpp import route as cpp_route
@@ -97,6 +98,20 @@ def choose_apart(call: fx.Node) -> tuple[str, str]:
     if refusal is not None:
         return "aten", f"{composed}; the cpp kernel does not take this ({refusal})"
     return "cpp", "one C++ call with a pointer an expert, rows gathered in place, weights where they lie"
+
+
+def choose_mlp(call: fx.Node, forced: str) -> tuple[str, str]:
+    """(kernel, why) for a `braze::mlp` call: "aten" opens it up, "cpp" keeps it whole."""
+    args: Any = fx.node.map_arg(call.args, lambda n: n.meta["val"])
+    attributes: Any = call.kwargs
+    composed = "two products and what lies between"
+    if forced == "aten":
+        return "aten", "asked for"
+    x, w1, w2, b1, b2 = args
+    refusal = cpp_mlp.supports(x, w1, w2, b1, b2, MoeSpec(**attributes))
+    if refusal is not None:
+        return "aten", f"{composed}; the cpp kernel does not take this ({refusal})"
+    return "cpp", "asked for" if forced == "cpp" else "one C++ call of the experts' kernel, each weight read once"
 
 
 def choose_route(call: fx.Node, forced: str) -> tuple[str, str]:

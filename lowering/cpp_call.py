@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from braze.kernels.cpp import moe, moe_separate
+from braze.kernels.cpp import mlp, moe, moe_separate
 from braze.kernels.cpp.source import argument_types
 from braze.kernels.spec import MoeSpec
 from braze.lowering import inductor
@@ -51,6 +51,20 @@ def lower_separate(
 
     return inductor.cpp_call(
         x.get_size(), spec.out_dtype or x.get_dtype(), (x, ids, weights, *w1, *w2, *b1, *b2),
+        moe.source(x.get_dtype(), spec, tensors), numbers, argument_types(tensors),
+    )  # fmt: skip
+
+
+def lower_mlp(x: Any, w1: list[Any], w2: Any, b1: list[Any], b2: Any = None, **attributes: Any) -> Any:
+    """`braze::mlp`, which stays in a graph where the kernel takes it, as the call."""
+    spec, tensors = MoeSpec(**attributes), mlp.tensors(w1, b1, b2)
+
+    def numbers(lies: Sequence[Any]) -> Sequence[Any]:
+        w1, w2, b1, b2 = (lies[begin:end] for begin, end in pairwise(accumulate(tensors, initial=3)))
+        return mlp.numbers(lies[0], w1, w2[0], b1, b2[0] if b2 else None, spec)
+
+    return inductor.cpp_call(
+        x.get_size(), spec.out_dtype or x.get_dtype(), mlp.pointers(x, w1, w2, b1, b2),
         moe.source(x.get_dtype(), spec, tensors), numbers, argument_types(tensors),
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ from braze.kernels.spec import MoeSpec, RouteSpec
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
 from braze.lowering import cpp_call, cpp_rope, gate, inductor, rope_loops, rotations, vendor
-from braze.lowering.choose import choose_apart, choose_moe, choose_rope, choose_route, choose_separate
+from braze.lowering.choose import choose_apart, choose_mlp, choose_moe, choose_rope, choose_route, choose_separate
 from braze.lowering.inline import inline, inline_all
 from braze.lowering.rotations import Turn
 
@@ -22,6 +22,7 @@ def register() -> None:
     inductor.register(torch.ops.braze.gate_into.default, gate.lower)
     inductor.register(torch.ops.braze.moe.default, cpp_call.lower_moe)
     inductor.register(torch.ops.braze.moe_separate.default, cpp_call.lower_separate)
+    inductor.register(torch.ops.braze.mlp.default, cpp_call.lower_mlp)
 
 
 def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -47,6 +48,10 @@ def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str
             _apply_route(call, kernel)
         elif call.target.name() == "braze::moe_separate":  # type: ignore[union-attr]
             kernel, why = choose_separate(call)
+        elif call.target.name() == "braze::mlp":  # type: ignore[union-attr]
+            kernel, why = choose_mlp(call, forced.get("mlp", "auto"))
+            if kernel == "aten":
+                inline(call, _compose_mlp, inductor.decompositions())
         elif call.target.name() == "braze::moe_apart":  # type: ignore[union-attr]
             kernel, why = choose_apart(call)
             inline(call, _compose_apart if kernel == "aten" else _as_separate, inductor.decompositions())
@@ -129,6 +134,11 @@ def _compose_moe(x, ids, weights, w1, w2, b1=None, b2=None, **attributes):  # ty
 
 def _compose_apart(x, ids, weights, gate, up, w2, b_gate, b_up, b2, **attributes):  # type: ignore[no-untyped-def]
     return aten.moe_apart(x, ids, weights, gate, up, w2, b_gate, b_up, b2, MoeSpec(**attributes))
+
+
+def _compose_mlp(x, w1, w2, b1, b2, **attributes) -> Tensor:  # type: ignore[no-untyped-def]
+    spec = MoeSpec(**attributes)
+    return separate.mlp(x, w1, w2, b1, b2, spec).to(spec.out_dtype or x.dtype)
 
 
 def _as_separate(x, ids, weights, gate, up, w2, b_gate, b_up, b2, **attributes):  # type: ignore[no-untyped-def]

@@ -13,7 +13,7 @@ from braze.passes import separate
 from braze.passes.elements import Sizes
 from braze.passes.normed import SORTED
 from braze.passes.signs import nonnegative
-from braze.passes.sites import MoeSite
+from braze.passes.sites import MlpSite, MoeSite
 from braze.passes.small import CannotShrink
 
 #: Hidden and intermediate sizes of the small instance; different, so that mixing them up shows.
@@ -47,6 +47,28 @@ def instances(site: MoeSite, sizes: Sizes) -> Iterator[dict[fx.Node, Tensor]]:
             sizes,
             {**weights, **values, **_chosen(site, ids, tokens, sizes), site.x: _rows(site, weights, few, rng)},
         )
+
+
+def of_mlp(site: MlpSite, sizes: Sizes) -> dict[fx.Node, Tensor]:
+    """Values for an MLP's inputs, in float64."""
+    rng = torch.Generator().manual_seed(0)
+    tokens, width = sizes.shape(site.x)
+    inner_dim = 0 if site.spec.transposed else 1
+    hidden, inner = min(width, SMALL_HIDDEN), min(sizes.shape(site.w2)[inner_dim], SMALL_INNER)
+    columns = inner * (1 if site.spec.layout == "none" else 2) // len(site.w1)
+
+    def weight(rows: int, out: int, std: float) -> Tensor:
+        value = torch.randn(rows, out, generator=rng, dtype=torch.float64) * std
+        return value if site.spec.transposed else value.T
+
+    x = torch.randn(tokens, hidden, generator=rng, dtype=torch.float64) * 3.0
+    values = {site.source: x.reshape(*sizes.shape(site.source)[:-1], hidden), site.x: x}
+    values |= {w: weight(hidden, columns, 2.0) for w in site.w1}
+    values[site.w2] = weight(inner, hidden, 1.0)
+    values |= {b: torch.randn(columns, generator=rng, dtype=torch.float64) for b in site.b1}
+    if site.b2 is not None:
+        values[site.b2] = torch.randn(hidden, generator=rng, dtype=torch.float64)
+    return values
 
 
 def _weights(site: MoeSite, sizes: Sizes, rng: torch.Generator) -> dict[fx.Node, Tensor]:

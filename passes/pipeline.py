@@ -1,5 +1,5 @@
-"""The order of the passes over one graph: experts, their routers, rotations, norms before them; find, prove, rewrite; nothing
-half done.
+"""The order of the passes over one graph: experts, their routers, dense MLPs, rotations, norms before them; find, prove,
+rewrite; nothing half done.
 
 Experts come first since their subgraphs are the larger ones, and a router is found from the experts it feeds; no two sites
 share a node that is rewritten. A site that fails its proof or its rewrite leaves the graph as it was, and a near miss.
@@ -16,11 +16,22 @@ from typing import Any
 
 from torch import fx
 
-from braze.passes import experts, norm, proof, rope, routers, splits
+from braze.passes import experts, mlp, norm, proof, rope, routers, splits
 from braze.passes.elements import Sizes
 from braze.passes.proofs import Proofs
 from braze.passes.rewrite import clean, rewrite, rewrite_norm, source_nodes
-from braze.passes.sites import Finding, Kind, MoeSite, NearMiss, NormSite, RopeSite, RouterSite, Site, source_line
+from braze.passes.sites import (
+    Finding,
+    Kind,
+    MlpSite,
+    MoeSite,
+    NearMiss,
+    NormSite,
+    RopeSite,
+    RouterSite,
+    Site,
+    source_line,
+)
 
 log = logging.getLogger("braze")
 
@@ -39,6 +50,7 @@ Recogniser = Callable[[fx.Graph, Sizes], tuple[Sequence[Site], list[NearMiss]]]
 _RECOGNISERS: tuple[tuple[Kind, Recogniser], ...] = (
     ("moe", experts.find),
     ("router", routers.find),
+    ("mlp", mlp.find),
     ("rope", rope.find),
 )
 
@@ -147,6 +159,8 @@ def form(site: Site) -> str:
         return site.form
     if isinstance(site, RouterSite):
         return _router_form(site)
+    if isinstance(site, MlpSite):
+        return _mlp_form(site)
     spec = site.spec
     parts = [
         f"{site.dispatch}, act(g, u) = {spec.activation}"
@@ -163,6 +177,15 @@ def form(site: Site) -> str:
     if spec.scale != 1.0:
         parts.append(f"scale {spec.scale:g}")
     return ", ".join(parts)
+
+
+def _mlp_form(site: MlpSite) -> str:
+    gates = "no gate" if site.spec.layout == "none" else "gate and up apart" if len(site.w1) == 2 else site.spec.layout
+    biases = [n for n, b in (("b1", site.b1), ("b2", site.b2)) if b]
+    parts = [f"dense, act({'g' if gates == 'no gate' else 'g, u'}) = {site.spec.activation}"]
+    parts.append(f"gate/up {gates}" if gates == site.spec.layout else gates)
+    parts += [f"biases {'+'.join(biases)}"] if biases else []
+    return ", ".join([*parts, *(["weights [in, out]"] if site.spec.transposed else [])])
 
 
 def _router_form(site: RouterSite) -> str:
@@ -200,6 +223,9 @@ def dims(site: Site) -> dict[str, Any]:
             tokens = tokens * s
         tokens = tokens if isinstance(tokens, int) else str(tokens)
         return {"tokens": tokens, "top_k": site.spec.top_k, "experts": experts, "dtype": dtype}
+    if isinstance(site, MlpSite):
+        inner = size(site.w2, 0 if site.spec.transposed else 1)
+        return {"tokens": size(x, 0), "hidden": size(x, 1), "inner": inner, "dtype": dtype}
     if isinstance(site, MoeSite):
         w1 = site.w1.meta["val"].shape
         hidden, columns = (1, 2) if site.spec.transposed else (2, 1)

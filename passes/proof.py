@@ -17,9 +17,9 @@ from torch import Tensor, fx
 from braze.kernels import reference
 from braze.passes import element_ops, probes, small  # noqa: F401  (element_ops fills the table that Elements reads)
 from braze.passes.elements import Elements, Expr, Position, Sizes, Unknown
-from braze.passes.instances import instances
+from braze.passes.instances import instances, of_mlp
 from braze.passes.numeric import value
-from braze.passes.sites import MoeSite, NormSite, RopeSite, RouterSite
+from braze.passes.sites import MlpSite, MoeSite, NormSite, RopeSite, RouterSite
 
 #: Relative difference above which two float64 results are not the same computation.
 TOLERANCE = 1e-9
@@ -150,6 +150,21 @@ def _moe_case(site: MoeSite, inputs: dict[fx.Node, Tensor], sizes: Sizes) -> tup
     got = reference.moe(inputs[site.x], ids, weights, inputs[site.w1], inputs[site.w2], b1, b2, spec)
     tokens, slots = ids.shape
     return f"{tokens} x {slots} rows", difference(got, expected, f"for {tokens} x {slots} rows")
+
+
+def mlp(site: MlpSite, sizes: Sequence[Sizes]) -> str:
+    """The proof's outcome in words; Refused where the site is not what it was taken for."""
+    worst = 0.0
+    spec = replace(site.spec, out_dtype=torch.float64)
+    try:
+        for binding in sizes:
+            inputs = of_mlp(site, binding)
+            b1, b2 = [inputs[b] for b in site.b1], None if site.b2 is None else inputs[site.b2]
+            got = reference.mlp(inputs[site.x], [inputs[w] for w in site.w1], inputs[site.w2], b1, b2, spec)
+            worst = max(worst, difference(got, small.run(site.root, inputs, binding), f"for {len(got)} rows"))
+    except (small.CannotShrink, Unknown) as e:
+        raise Refused(str(e)) from None
+    return f"small instance agrees in float64 ({len(got)} rows, worst {worst:.0e})"
 
 
 def router(site: RouterSite, sizes: Sequence[Sizes]) -> str:

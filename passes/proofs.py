@@ -10,7 +10,7 @@ from torch import fx
 
 from braze.passes import proof, separate
 from braze.passes.elements import Sizes
-from braze.passes.sites import MoeSite, NormSite, RopeSite, RouterSite, Site
+from braze.passes.sites import MlpSite, MoeSite, NormSite, RopeSite, RouterSite, Site
 from braze.passes.twins import evaluated, subgraph
 
 
@@ -37,6 +37,8 @@ def _prove(site: Site | NormSite, sizes: Sequence[Sizes]) -> str:
         return proof.norm(site, sizes)
     if isinstance(site, RopeSite):
         return proof.rope(site, sizes)
+    if isinstance(site, MlpSite):
+        return proof.mlp(site, sizes)
     return proof.moe(site, sizes) if isinstance(site, MoeSite) else proof.router(site, sizes)
 
 
@@ -53,6 +55,9 @@ def proven_by(site: Site | NormSite) -> object | None:
         cut = (site.logits,) if site.bias is None else (site.logits, site.bias)
         between = subgraph([site.weights, site.ids], cut)
         return None if between is None else (site.spec, between.text)
+    if isinstance(site, MlpSite):
+        between = subgraph([site.root], site.given)
+        return None if between is None else (site.spec, len(site.w1), len(site.b1), site.b2 is None, between.text)
     chosen = site.chosen or (site.ids, site.values)
     given = (site.x, site.w1, site.w2, site.b1, site.b2, *chosen, *site.given, *separate.given(site))
     fed = [n if isinstance(n, fx.Node) else None for n in given]

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from braze.passes import separate
-from braze.passes.sites import NormSite, RopeSite, RouterSite, Site
+from braze.passes.sites import MlpSite, NormSite, RopeSite, RouterSite, Site
 
 aten = torch.ops.aten
 _CAST = torch.ops.prims.convert_element_type.default
@@ -23,6 +23,8 @@ def rewrite(site: Site) -> fx.Node:
     target: Any
     if isinstance(site, RopeSite):
         target, args = torch.ops.braze.rope.default, (site.x, site.cos, site.sin)
+    elif isinstance(site, MlpSite):
+        target, args = torch.ops.braze.mlp.default, (site.x, list(site.w1), site.w2, list(site.b1), site.b2)
     elif separate.lists(site.w1) and separate.lists(site.w2):
         target = torch.ops.braze.moe_separate.default
         lists = map(separate.lists, (site.w1, site.w2, site.b1, site.b2))
@@ -118,7 +120,7 @@ def _attributes(site: Site) -> dict[str, Any]:
     source = site.logits if isinstance(site, RouterSite) else site.x
     if attributes["out_dtype"] == source.meta["val"].dtype:
         attributes["out_dtype"] = None
-    return attributes
+    return {k: v for k, v in attributes.items() if not isinstance(site, MlpSite) or k not in ("weight_on", "scale")}
 
 
 def source_nodes(site: Site) -> list[fx.Node]:

@@ -14,8 +14,8 @@ from torch import fx
 
 from braze.kernels.spec import MoeSpec, NormSpec, RopeSpec, RouteSpec
 
-Kind = Literal["rope", "moe", "router"]
-KINDS: tuple[Kind, ...] = ("rope", "moe", "router")
+Kind = Literal["rope", "moe", "router", "mlp"]
+KINDS: tuple[Kind, ...] = ("rope", "moe", "router", "mlp")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,29 @@ class RouterSite:
         return self.ids
 
 
-Site = RopeSite | MoeSite | RouterSite
+@dataclass(frozen=True)
+class MlpSite:
+    """root [T, H] = braze::mlp(x [T, H], w1, w2, b1, b2, spec); w1 and b1 are those of gate and up, or of both in one.
+
+    source: [.., H], what x is a view of, or x itself.
+    """
+
+    root: fx.Node
+    source: fx.Node
+    x: fx.Node
+    w1: tuple[fx.Node, ...]
+    w2: fx.Node
+    b1: tuple[fx.Node, ...]
+    b2: fx.Node | None
+    spec: MoeSpec
+
+    @property
+    def given(self) -> tuple[fx.Node, ...]:
+        """What its subgraph starts from."""
+        return (self.source, *self.w1, self.w2, *self.b1, *(() if self.b2 is None else (self.b2,)))
+
+
+Site = RopeSite | MoeSite | RouterSite | MlpSite
 
 
 @dataclass(frozen=True)

@@ -217,8 +217,9 @@ inline void run(
       {w1, w1_expert}, {w2, w2_expert}, w1_stride, w2_stride,
       {router, router_dtype, router_stride0, router_stride1}, {b1, b1_dtype, b1_stride0, b1_stride1},
       {b2, b2_dtype, b2_stride0, b2_stride1}, weight_on_input != 0, scale, out, out_dtype};
-  const Routing r = ids_wide ? route(p, static_cast<const int64_t*>(ids), ids_stride0, ids_stride1)
-                             : route(p, static_cast<const int32_t*>(ids), ids_stride0, ids_stride1);
+  const Routing r = router_dtype == NONE ? of_one_expert(p)
+      : ids_wide ? route(p, static_cast<const int64_t*>(ids), ids_stride0, ids_stride1)
+                 : route(p, static_cast<const int32_t*>(ids), ids_stride0, ids_stride1);
 #ifdef _OPENMP
   moe(p, r, omp_get_max_threads());
 #else

@@ -92,15 +92,17 @@ def supports(
 
 
 def refusal(
-    x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, spec: MoeSpec
-) -> str | None:
-    """As `supports`, but nothing is built. w1, w2, b1 and b2 are those of all experts, or of one."""
+    x: Tensor, ids: Tensor | None, weights: Tensor | None, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None,
+    spec: MoeSpec,
+) -> str | None:  # fmt: skip
+    """As `supports`, but nothing is built. w1, w2, b1 and b2 are those of all experts, or of one; ids and weights are none
+    where every row has the one expert."""
     dtype = x.dtype
     if dtype not in _DTYPES:
         return f"x is {dtype}, not float32, bfloat16 or float16"
     if spec.out_dtype is not None and spec.out_dtype not in _DTYPES:
         return f"the result would be {spec.out_dtype}"
-    if ids.dtype not in (torch.int32, torch.int64):
+    if ids is not None and ids.dtype not in (torch.int32, torch.int64):
         return f"ids are {ids.dtype}, not int32 or int64"
     for name, t in (("w1", w1), ("w2", w2)):
         if t.dtype != dtype:
@@ -159,14 +161,15 @@ def numbers(
 ) -> tuple[Any, ...]:
     """What the function takes after its pointers: dtypes, sizes and strides of tensors (or of what stands for them).
 
-    experts: how many, where w1, w2, b1 and b2 are one expert's.
+    experts: how many, where w1, w2, b1 and b2 are one expert's. ids, weights: none where every row has the one expert.
     """
     lead = lambda t, dims: (*t.stride()[:2],) if len(t.shape) == dims else (0, t.stride(0))  # noqa: E731
+    dtype_of = lambda t: 0 if t is None else _DTYPES[t.dtype]  # noqa: E731
+    strides = lambda t: (0, 0) if t is None else t.stride()  # noqa: E731
     return (
-        _DTYPES[spec.out_dtype or x.dtype], int(ids.dtype == torch.int64), _DTYPES[weights.dtype],
-        0 if b1 is None else _DTYPES[b1.dtype], 0 if b2 is None else _DTYPES[b2.dtype],
-        x.shape[0], x.shape[1], w2.shape[-2 if spec.transposed else -1], experts or w1.shape[0], ids.shape[1],
-        x.stride(0), *ids.stride(), *weights.stride(), *lead(w1, 3), *lead(w2, 3),
-        *((0, 0) if b1 is None else lead(b1, 2)), *((0, 0) if b2 is None else lead(b2, 2)),
+        _DTYPES[spec.out_dtype or x.dtype], int(ids is not None and ids.dtype == torch.int64), dtype_of(weights),
+        dtype_of(b1), dtype_of(b2), x.shape[0], x.shape[1], w2.shape[-2 if spec.transposed else -1],
+        experts or w1.shape[0], 1 if ids is None else ids.shape[1], x.stride(0), *strides(ids), *strides(weights),
+        *lead(w1, 3), *lead(w2, 3), *((0, 0) if b1 is None else lead(b1, 2)), *((0, 0) if b2 is None else lead(b2, 2)),
         int(spec.weight_on == "input"), float(spec.scale),
     )  # fmt: skip

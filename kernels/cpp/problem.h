@@ -93,6 +93,13 @@ Routing route(const Problem& p, const Id* ids, int64_t stride0, int64_t stride1)
   return r;
 }
 
+// Where there are no ids: every token has the one expert, with the weight 1.
+inline Routing of_one_expert(const Problem& p) {
+  Routing r{{0, p.tokens}, std::vector<int32_t>(p.tokens), std::vector<float>(p.tokens, 1.f), {0}};
+  std::iota(r.token.begin(), r.token.end(), 0);
+  return r;
+}
+
 #if BRAZE_LAYOUT_NONE
 constexpr int GATES = 1;
 #else

@@ -67,6 +67,7 @@ def moe_source(
             "#include <torch/csrc/inductor/cpp_prefix.h>",
             "#include <atomic>",
             "#include <cstring>",
+            "#include <numeric>",
             "#include <tuple>",
             "#include <vector>",
             "#include <ATen/cpu/vec/functional.h>",
