@@ -12,6 +12,8 @@ from braze.passes.element_gathers import is_sort
 from braze.passes.elements import MAX_SUM, Elements, Expr, Position, handles, is_complex
 
 aten = torch.ops.aten
+#: Inductor's own op, which is there once Inductor is.
+FMA = getattr(getattr(torch.ops.prims, "fma", None), "default", "no such op")
 
 
 def _binary(op: str) -> Any:
@@ -52,6 +54,22 @@ def _parts(ev: Elements, arg: Any, node: fx.Node, dims: Position) -> tuple[Expr,
     if isinstance(arg, fx.Node) and is_complex(arg):
         return ev.operand(arg, node, (*dims, "re")), ev.operand(arg, node, (*dims, "im"))
     return ev.operand(arg, node, (*dims, "re")), ev.const(0)
+
+
+@handles(aten.addcmul.default)
+def _addcmul(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
+    if is_complex(node):
+        return None
+    a, b, c = (ev.operand(arg, node, idx) for arg in node.args[:3])
+    product, value = ev.make("mul", b, c), node.kwargs.get("value", 1)
+    return ev.make("add", a, product if value == 1 else ev.make("mul", product, ev.at(value, ())))
+
+
+@handles(FMA)
+def _fma(ev: Elements, node: fx.Node, idx: Position) -> Expr:
+    """a * b + c: what becomes of `addcmul` with a factor."""
+    a, b, c = (ev.operand(arg, node, idx) for arg in node.args)
+    return ev.make("add", ev.make("mul", a, b), c)
 
 
 @handles(aten.div.Tensor, aten.div.Scalar, aten.div.Tensor_mode, aten.div.Scalar_mode)

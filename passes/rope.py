@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from braze.passes.element_pointwise import FMA
 from braze.passes.elements import Elements, Sizes, Unknown
 from braze.passes.linear import TooLarge
 from braze.passes.rotation import Form, NoRotation, form_of, row_of, words
@@ -19,6 +20,7 @@ from braze.passes.twins import Subgraph, evaluated, subgraph
 
 aten = torch.ops.aten
 _CAST = torch.ops.prims.convert_element_type.default
+_PRODUCTS = {aten.mul.Tensor, aten.addcmul.default, FMA}
 
 #: Nodes searched behind a candidate; the longest spelling known has about 25.
 CONE = 48
@@ -30,7 +32,6 @@ _LINEAR = {
     aten.add.Tensor,
     aten.sub.Tensor,
     aten.neg.default,
-    aten.mul.Tensor,
     aten.mul.Scalar,
     aten.cat.default,
     aten.stack.default,
@@ -53,10 +54,13 @@ _LINEAR = {
     aten.sum.dim_IntList,
     _CAST,
     *_RESHAPES,
+    *_PRODUCTS,
 }
 _ROOTS = {
     aten.add.Tensor,
     aten.sub.Tensor,
+    aten.addcmul.default,
+    FMA,
     aten.cat.default,
     aten.view.default,
     aten.reshape.default,
@@ -115,7 +119,7 @@ def _cone(root: fx.Node) -> dict[fx.Node, int]:
         node = queue.pop(0)
         if node.target not in _LINEAR and not _is_part(node):
             continue
-        products += node.target is aten.mul.Tensor
+        products += node.target in _PRODUCTS
         for source in node.all_input_nodes:
             if source not in edges:
                 edges[source] = 0

@@ -113,8 +113,20 @@ def part(h: Tensor, wq: Tensor, wk: Tensor, cos: Tensor, sin: Tensor, cache: Ten
     return q, cache.sum(2)
 
 
+def normed(h: Tensor, wq: Tensor, wk: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, index: Tensor) -> Any:
+    """An RMSNorm over the heads of both before they turn."""
+
+    def norm(x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + cos[0])
+
+    q, k = half(norm(heads(h, wq)), cos, sin), half(norm(heads(h, wk)), cos, sin)
+    cache.index_copy_(2, index, k)
+    return q, cache.sum(2)
+
+
 CACHES: dict[str, tuple[Graph, int, int, tuple[int, ...], Tensor]] = {
     "static": (static, B, S, (B, GROUPS, ROOM, D), INDEX),
+    "norms before": (normed, B, S, (B, GROUPS, ROOM, D), INDEX % ROOM),
     "by index, int32": (by_index, B, S, (B, GROUPS, ROOM, D), INDEX.int()),
     "one token": (static, B, 1, (B, GROUPS, ROOM, D), INDEX[:1]),
     "paged": (paged, 1, S, (3, 4, GROUPS, D), torch.tensor([11, 0, 5])),

@@ -9,6 +9,9 @@ from tests.tiny import _COMMON, _MOE, fill
 
 transformers = pytest.importorskip("transformers", reason="needs the extra 'hf' (pip install 'braze[hf]')")
 
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
 #: name: (config, model, what its config needs besides the common sizes)
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
@@ -21,7 +24,45 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "no_rope_layers": [1], "attention_chunk_size": 32, "layer_types": ["chunked_attention"],
         },
     ),
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
+    "llama, yarn": ("LlamaConfig", "LlamaForCausalLM", {"rope_parameters": _YARN}),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {}),
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}),
+    "glm": ("GlmConfig", "GlmForCausalLM", {}),
+    "roformer": ("RoFormerConfig", "RoFormerForCausalLM", {"is_decoder": True}),
+    "gptj": ("GPTJConfig", "GPTJForCausalLM", {"rotary_dim": 8}),
+    "codegen": ("CodeGenConfig", "CodeGenForCausalLM", {"rotary_dim": 8}),
+    "ernie4_5": ("Ernie4_5Config", "Ernie4_5ForCausalLM", {}),
+    "cohere": ("CohereConfig", "CohereForCausalLM", {}),
+    "helium": ("HeliumConfig", "HeliumForCausalLM", {}),
+    "nanochat": ("NanoChatConfig", "NanoChatForCausalLM", {}),
+    "modernbert": ("ModernBertConfig", "ModernBertModel", {}),
+    "esm": ("EsmConfig", "EsmModel", {"position_embedding_type": "rotary", "mask_token_id": 3}),
+    "qwen2_vl": ("Qwen2VLTextConfig", "Qwen2VLTextModel", {"rope_parameters": _MROPE}),
+    "qwen3_vl": ("Qwen3VLTextConfig", "Qwen3VLTextModel", {"rope_parameters": {**_MROPE, "mrope_interleaved": True}}),
+    "glm4v": ("Glm4vTextConfig", "Glm4vTextModel", {"rope_parameters": {**_MROPE, "partial_rotary_factor": 1.0}}),
 }  # fmt: skip
+
+#: The forms of a layer's two rotations.
+ROTATIONS: dict[str, list[str]] = {
+    "llama": ["half"] * 2,
+    "llama, yarn": ["half"] * 2,
+    "phi3": ["half"] * 2,
+    "gpt_neox": ["half, partial 4 of 16"] * 2,
+    "glm": ["interleaved, partial 8 of 16"] * 2,
+    "roformer": ["interleaved"] * 2,
+    "gptj": ["interleaved, partial 8 of 16"] * 2,
+    "codegen": ["interleaved, partial 8 of 16"] * 2,
+    "ernie4_5": ["interleaved"] * 2,
+    "cohere": ["interleaved"] * 2,
+    "helium": ["interleaved"] * 2,
+    "nanochat": ["half, opposite angle"] * 2,
+    "modernbert": ["half"] * 2,
+    "esm": ["half"] * 2,
+    "qwen2_vl": ["half"] * 2,
+    "qwen3_vl": ["half, rms_norm before (eps 1e-06, weight)"] * 2,
+    "glm4v": ["interleaved"] * 2,
+}
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, layers: int = 1) -> Any:

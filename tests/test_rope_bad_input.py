@@ -38,6 +38,8 @@ BAD: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...], str]] = {
     "rotary size larger than the head": (half, (X, torch.randn(S, 24), torch.randn(S, 24)), _SHAPES),
     "tables of too few tokens": (half, (X, torch.randn(S - 1, D), torch.randn(S - 1, D)), _SHAPES),
     "positions beyond the table": (of_positions, (X, TABLE, torch.tensor([0, 1, 2, 3, 8])), "out of (bounds|range)"),
+    "positions before the table": (of_positions, (X, TABLE, torch.tensor([0, 1, -9, 3, 4])), "out of (bounds|range)"),
+    "positions in int32": (of_positions, (X, TABLE, torch.tensor([0, 1, 2, 3, 8]).int()), "out of (bounds|range)"),
     "rows beyond the cache": (into_a_cache, (X, TABLE, torch.tensor([0, 1, 2, 3, 8])), "out of (bounds|range)"),
 }
 

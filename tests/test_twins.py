@@ -69,7 +69,7 @@ class Count:
 
 
 def test_twin_rotations_are_worked_out_and_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, proofs = Count(monkeypatch, rope, "_form_of"), Count(monkeypatch, proof, "rope")
+    found, proofs = Count(monkeypatch, rope, "form_of"), Count(monkeypatch, proof, "rope")
     model = Layers(*[half] * 6)
     fused = Fused(model)
     got = fused(query())

@@ -1,0 +1,169 @@
+"""How far a find reaches: operand order, casts, flat batches, sizes, integer types, and what real models do around a rotation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from braze.kernels.spec import RopeSpec
+from braze.passes import rope
+from braze.passes.elements import Sizes
+from tests import rope_models, tiny
+from tests.harness import Fused, assert_close, capture
+from tests.test_rope_sites import CASES, HEADS, D, angles, exact, halves, interleaved, query
+
+S = 7
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------------- operand order
+
+
+def partners(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat((-second, first), -1)
+
+
+def added(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    return torch.addcmul(x * c, partners(x), s)
+
+
+def halves_added_to(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    """Each half's own product, then the partner's added or taken away in place."""
+    first, second = x.chunk(2, -1)
+    c, s = c.chunk(2, -1)[0], s.chunk(2, -1)[0]
+    return torch.cat(((first * c).addcmul_(second, s, value=-1), (second * c).addcmul_(first, s)), -1)
+
+
+def negated_by_a_factor(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * c + torch.cat((second * -1, first), -1) * s
+
+
+def step_by_step(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    """In place, on a copy."""
+    return x.clone().mul_(c).add_(partners(x) * s)
+
+
+def less_the_opposite(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    return c * x - s * -partners(x)
+
+
+ORDERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "tables first": lambda x, c, s: c * x + s * partners(x),
+    "the partner's product first": lambda x, c, s: partners(x) * s + x * c,
+    "one of each": lambda x, c, s: s * partners(x) + x * c,
+    "less the opposite": less_the_opposite,
+    "addcmul": added,
+    "addcmul of halves": halves_added_to,
+    "in place": step_by_step,
+    "a sign as a factor": negated_by_a_factor,
+    "the sine's sign": lambda x, c, s: x * c - partners(x) * -s,
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_operand_order_says_nothing(name: str) -> None:
+    turn = ORDERS[name]
+    x, a = query(), angles()
+
+    def rotate(x: Tensor, a: Tensor) -> Tensor:
+        return turn(x, a.cos().repeat(1, 2), a.sin().repeat(1, 2))
+
+    fused = Fused(rotate)
+    got = fused(x, a)
+    assert [f.form for f in fused.findings] == ["half"], fused.reasons
+    assert_close(got, halves(x.double(), a.double()), 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ tables
+
+
+def test_tables_in_the_querys_dtype_are_read_as_they_are() -> None:
+    """No cast of a table is kept: the op has the bfloat16 tensors themselves."""
+    x, a = query().bfloat16(), angles()
+    args = x, a.cos().bfloat16(), a.sin().bfloat16()
+
+    def rotate(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return torch.cat((first * c - second * s, second * c + first * s), -1)
+
+    (gm,) = capture(rotate, *args)
+    (site,), _ = rope.find(gm.graph, Sizes())
+    assert [site.x, site.cos, site.sin] == gm.graph.find_nodes(op="placeholder")
+    fused = Fused(rotate)
+    assert_close(fused(*args), rotate(*(t.double() for t in args)), 8e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_positions_of_either_integer_type(dtype: torch.dtype) -> None:
+    """Rows of a cache of cosines and sines, in the order that positions say, for a flat batch."""
+    x, cache, positions = normal(S, HEADS, D), normal(20, D, seed=1), torch.tensor([3, 0, 19, 7, 7, 1, 12], dtype=dtype)
+
+    def rotate(x: Tensor, cache: Tensor, positions: Tensor) -> Tensor:
+        cos, sin = cache[positions][:, None].chunk(2, -1)
+        first, second = x.chunk(2, -1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+    fused = Fused(rotate)
+    got = fused(x, cache, positions)
+    assert [f.form for f in fused.findings] == ["half"], fused.reasons
+    assert_close(got, rotate(x.double(), cache.double(), positions), 1e-6)
+
+
+# --------------------------------------------------------------------------------------------- layouts and sizes
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_flat_batch(name: str) -> None:
+    """[T, H, D]: tokens of all sequences in a row."""
+    wanted = CASES[name]
+
+    def rotate(x: Tensor, a: Tensor) -> Tensor:
+        return wanted.rotate(x.transpose(0, 1), a).transpose(0, 1)  # type: ignore[no-any-return]
+
+    x, a = normal(S, HEADS, D), angles()
+    fused = Fused(rotate)
+    got = fused(x, a)
+    assert [f.form for f in fused.findings] == [wanted.form], fused.reasons
+    assert_close(got, exact(wanted.rotate, x.transpose(0, 1), a).transpose(0, 1), 1e-6)
+
+
+@pytest.mark.parametrize("turn", [halves, interleaved])
+@pytest.mark.parametrize(("size", "rotary"), [(32, 32), (80, 20), (96, 6), (128, 64), (192, 192), (256, 2), (512, 512)])
+def test_every_head_size_and_even_rotary_size(turn: Callable[..., Tensor], size: int, rotary: int) -> None:
+    def rotate(x: Tensor, a: Tensor) -> Tensor:
+        return torch.cat((turn(x[..., :rotary], a), x[..., rotary:]), -1)
+
+    x, a = normal(2, 2, S, size), normal(S, rotary // 2, seed=1)
+    fused = Fused(rotate)
+    got = fused(x, a)
+    layout: Any = "half" if turn is halves or rotary == 2 else "interleaved"  # the two are one where there is one pair
+    (call,) = [call for r in fused.results for call, _ in r.calls]
+    assert RopeSpec(**call.kwargs) == RopeSpec(rotary, 0, layout, layout), fused.reasons
+    assert_close(got, rotate(x.double(), a.double()), 1e-6)
+
+
+# --------------------------------------------------------------------------------------------------- real models
+
+
+@pytest.mark.parametrize("name", rope_models.ROTATIONS)
+def test_a_whole_model(name: str) -> None:
+    """Each layer's q and k, by the model's own tables, in the graph of the whole model."""
+    forms = rope_models.ROTATIONS[name]
+    model, ids = rope_models.build(name), tiny.tokens()
+
+    def run(ids: Tensor, model: Any = model) -> Any:
+        out = model(ids, use_cache=False)
+        return out.logits if "logits" in out else out.last_hidden_state
+
+    fused = Fused(run)
+    got = fused(ids)
+    assert sorted(f.form for f in fused.findings if f.kind == "rope") == sorted(forms), fused.reasons
+    with torch.no_grad():
+        assert_close(got, run(ids, tiny.as_float64(model)), 1e-5)
