@@ -117,7 +117,7 @@ def normed(h: Tensor, wq: Tensor, wk: Tensor, cos: Tensor, sin: Tensor, cache: T
     """An RMSNorm over the heads of both before they turn."""
 
     def norm(x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + cos[0])
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
     q, k = half(norm(heads(h, wq)), cos, sin), half(norm(heads(h, wk)), cos, sin)
     cache.index_copy_(2, index, k)

@@ -60,6 +60,7 @@ def test_k_goes_straight_into_its_cache(name: str, device: str) -> None:
     code, words = run(graph, (*make(batch, tokens), torch.randn(shape), index), device)
     assert calls(code) == 1, code
     assert words.count("q in place, k straight into its cache") == 2, words
+    assert ("norms in the same pass" in words) == (name == "norms before"), words
 
 
 @pytest.mark.parametrize("row", [ROOM, -ROOM - 1])

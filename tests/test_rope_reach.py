@@ -1,4 +1,4 @@
-"""How far a find reaches: operand order, casts, flat batches, sizes, integer types, and what real models do around a rotation."""
+"""How far a find reaches: operand order, casts, flat batches, sizes, integer types, and the graphs of whole models."""
 
 from collections.abc import Callable
 from typing import Any
