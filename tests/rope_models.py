@@ -70,10 +70,37 @@ ROTATIONS: dict[str, list[str]] = {
     "glm4v": ["interleaved"] * 2,
 }
 
+_VISION = {
+    "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 16, "intermediate_size": 96,
+    "image_size": 32, "patch_size": 8,
+}  # fmt: skip
+_VIDEO = {
+    "patch_size": 8, "crop_size": 32, "frames_per_clip": 4, "tubelet_size": 2, "mlp_ratio": 2, "hidden_size": 64,
+    "num_attention_heads": 4, "num_hidden_layers": 1, "pred_hidden_size": 64, "pred_num_attention_heads": 4,
+    "pred_num_hidden_layers": 1, "pred_num_mask_tokens": 1,
+}  # fmt: skip
+#: name: (config, model, its settings, the input's name, its shape, the forms of all its rotations)
+TOWERS: dict[str, tuple[str, str, dict[str, Any], str, tuple[int, ...], list[str]]] = {
+    "dinov3_vit": ("DINOv3ViTConfig", "DINOv3ViTModel", _VISION, "pixel_values", (1, 3, 32, 32), ["half"] * 2),
+    "pixtral": ("PixtralVisionConfig", "PixtralVisionModel", _VISION, "pixel_values", (1, 3, 32, 32), ["half"] * 2),
+    "vjepa2": (
+        "VJEPA2Config", "VJEPA2Model", _VIDEO, "pixel_values_videos", (1, 4, 3, 32, 32), ["interleaved"] * 12,
+    ),
+}  # fmt: skip
+
 
 def build(name: str, dtype: torch.dtype = torch.float32, layers: int = 1) -> Any:
     """A model in eval mode with random parameters."""
     config, model, extra = MODELS[name]
-    known = {**_COMMON, "num_hidden_layers": layers, **extra}
+    return _made(config, model, {**_COMMON, "num_hidden_layers": layers, **extra}, dtype)
+
+
+def build_tower(name: str) -> Any:
+    config, model, settings, *_ = TOWERS[name]
+    return _made(config, model, settings, torch.float32)
+
+
+def _made(config: str, model: str, settings: dict[str, Any], dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
-    return fill(getattr(transformers, model)._from_config(getattr(transformers, config)(**known), dtype=dtype).eval())
+    known = getattr(transformers, config)(**settings)
+    return fill(getattr(transformers, model)._from_config(known, dtype=dtype).eval())

@@ -167,3 +167,19 @@ def test_a_whole_model(name: str) -> None:
     assert sorted(f.form for f in fused.findings if f.kind == "rope") == sorted(forms), fused.reasons
     with torch.no_grad():
         assert_close(got, run(ids, tiny.as_float64(model)), 1e-5)
+
+
+@pytest.mark.parametrize("name", rope_models.TOWERS)
+def test_a_tower_of_pictures(name: str) -> None:
+    """Axes of their own, tokens ahead of the picture that pass through, several rotations of one head."""
+    *_, argument, shape, forms = rope_models.TOWERS[name]
+    model, picture = rope_models.build_tower(name), normal(*shape)
+
+    def run(picture: Tensor, model: Any = model) -> Any:
+        return model(**{argument: picture}).last_hidden_state
+
+    fused = Fused(run)
+    got = fused(picture)
+    assert [f.form for f in fused.findings if f.kind == "rope"] == forms, fused.reasons
+    with torch.no_grad():
+        assert_close(got, run(picture.double(), tiny.as_float64(model)), 1e-5)
