@@ -20,8 +20,8 @@ def lower_moe(
     x: Any, ids: Any, weights: Any, w1: Any, w2: Any, b1: Any = None, b2: Any = None, **attributes: Any
 ) -> Any:
     """`braze::moe` as the call, or whole where the kernel does not take it (another device, another dtype ...)."""
-    spec = MoeSpec(**attributes)
-    if moe.supports(*fakes(inductor.current_call()), spec) is not None:
+    spec, known = MoeSpec(**attributes), fakes(inductor.current_call())
+    if moe.supports(*known, spec) is not None:
         return inductor.whole(torch.ops.braze.moe.default)(x, ids, weights, w1, w2, b1, b2, **attributes)
     given = [x if b is None else b for b in (b1, b2)]
 
@@ -32,7 +32,7 @@ def lower_moe(
 
     return inductor.cpp_call(
         x.get_size(), spec.out_dtype or x.get_dtype(), (x, ids, weights, w1, w2, *given),
-        moe.source(x.get_dtype(), spec), numbers, argument_types(),
+        moe.source(known[0], spec), numbers, argument_types(),
     )  # fmt: skip
 
 
@@ -40,8 +40,8 @@ def lower_separate(
     x: Any, ids: Any, weights: Any, w1: list[Any], w2: list[Any], b1: list[Any], b2: list[Any], **attributes: Any
 ) -> Any:
     """`braze::moe_separate` likewise."""
-    spec, lists = MoeSpec(**attributes), (w1, w2, b1, b2)
-    if moe_separate.supports(*fakes(inductor.current_call()), spec) is not None:
+    spec, lists, known = MoeSpec(**attributes), (w1, w2, b1, b2), fakes(inductor.current_call())
+    if moe_separate.supports(*known, spec) is not None:
         return inductor.whole(torch.ops.braze.moe_separate.default)(x, ids, weights, *lists, **attributes)
     tensors = moe_separate.counts(*lists)
 
@@ -51,7 +51,7 @@ def lower_separate(
 
     return inductor.cpp_call(
         x.get_size(), spec.out_dtype or x.get_dtype(), (x, ids, weights, *w1, *w2, *b1, *b2),
-        moe.source(x.get_dtype(), spec, tensors), numbers, argument_types(tensors),
+        moe.source(known[0], spec, tensors), numbers, argument_types(tensors),
     )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def lower_mlp(x: Any, w1: list[Any], w2: Any, b1: list[Any], b2: Any = None, **a
 
     return inductor.cpp_call(
         x.get_size(), spec.out_dtype or x.get_dtype(), mlp.pointers(x, w1, w2, b1, b2),
-        moe.source(x.get_dtype(), spec, tensors), numbers, argument_types(tensors),
+        moe.source(fakes(inductor.current_call())[0], spec, tensors), numbers, argument_types(tensors),
     )  # fmt: skip
 
 

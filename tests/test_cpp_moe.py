@@ -104,11 +104,34 @@ def test_long_rows_of_weights(dtype: torch.dtype, layout: str) -> None:
 def test_dot_product_of_bfloat16(monkeypatch: pytest.MonkeyPatch, transposed: bool, layout: str) -> None:
     """The form for CPUs whose own bfloat16 dot is the faster one; elsewhere it compiles to the widening form."""
     monkeypatch.setattr(moe, "_bf16_dot", lambda: True)
-    moe._build.cache_clear()
+    forget()
     spec = MoeSpec(layout=layout, transposed=transposed)  # type: ignore[arg-type]
     for tokens, hidden, inner in ((1, 64, 32), (9, 71, 37), (150, 130, 48)):
         check(inputs(spec, torch.bfloat16, tokens, hidden=hidden, inner=inner, bias=torch.float32), spec)
+    forget()
+
+
+def forget() -> None:
+    """Makes kernels be written and built anew."""
     moe._build.cache_clear()
+    moe._source.cache_clear()
+
+
+@pytest.mark.parametrize("transposed", (False, True))
+@pytest.mark.parametrize("layout", ("halves", "interleaved", "none"))
+def test_matrix_unit(monkeypatch: pytest.MonkeyPatch, transposed: bool, layout: str) -> None:
+    """The form for CPUs with AMX, its instructions as plain code: rows and depths that fill tiles, and that do not."""
+    monkeypatch.setattr(moe, "_amx", lambda: 2)
+    forget()
+    spec = MoeSpec("g*sigmoid(g)" if layout == "none" else "g*u*sigmoid(g)", layout, transposed)  # type: ignore[arg-type]
+    for tokens, hidden, inner in ((13, 64, 32), (150, 131, 75), (200, 128, 320)):
+        check(inputs(spec, torch.bfloat16, tokens, hidden=hidden, inner=inner, bias=torch.float32), spec)
+    x, ids, *rest = inputs(spec, torch.bfloat16, 64, 3, 1, hidden=64, inner=64)
+    for rows in (16, 32, 33, 64):  # of one expert: whole tiles are read where they lie
+        ids[:] = 1
+        ids[rows:] = 2
+        check((x, ids, *rest), spec)
+    forget()
 
 
 @pytest.mark.parametrize(("dtype", "transposed"), [(torch.bfloat16, False), (torch.float32, True)], ids=str)
@@ -120,10 +143,10 @@ def test_vectors_of_256_bits(dtype: torch.dtype, transposed: bool) -> None:
     with torch._inductor.config.patch({"cpp.simdlen": 256}):
         if not pick_vec_isa():
             pytest.skip("a CPU without AVX2")
-        moe._build.cache_clear()
+        forget()
         for tokens, hidden, inner in ((1, 64, 32), (2, 71, 37), (9, 71, 37), (150, 130, 48)):
             check(inputs(spec, dtype, tokens, hidden=hidden, inner=inner, bias=torch.float32), spec)
-    moe._build.cache_clear()
+    forget()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs g++ for x86-64")

@@ -35,13 +35,13 @@ def supports(
     reason = moe.refusal(x, None, None, w1[0], w2, b1[0] if b1 else None, b2, spec)
     if reason is not None:
         return reason
-    kernel, reason = moe.build(x.dtype, spec, tensors(w1, b1, b2))
+    kernel, reason = moe.build(x, spec, tensors(w1, b1, b2))
     return None if kernel else reason
 
 
 def run(x: Tensor, w1: Sequence[Tensor], w2: Tensor, b1: Sequence[Tensor], b2: Tensor | None, spec: MoeSpec) -> Tensor:
     """As `braze.kernels.reference.mlp`, on tensors that `supports` takes; numbers as `braze.kernels.cpp.moe.run`."""
-    kernel, reason = moe.build(x.dtype, spec, tensors(w1, b1, b2))
+    kernel, reason = moe.build(x, spec, tensors(w1, b1, b2))
     if kernel is None:
         raise RuntimeError(reason)
     out = torch.empty((x.shape[0], w2.shape[1 if spec.transposed else 0]), dtype=spec.out_dtype or x.dtype)

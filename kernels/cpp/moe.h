@@ -182,7 +182,7 @@ inline void moe(const Problem& p, const Routing& r, int threads) {
   // Rows that start a multiple of 4 KiB apart would compete for the same lines of the L1 cache.
   const int64_t act_stride = (p.inner + 31) / 32 * 32 + 32;
   const int64_t sum_stride = (most_columns + L - 1) / L * L + L;
-  const int64_t panel = (depth(std::max(p.hidden, p.inner)) + UNIT - 1) / UNIT * NR;
+  const int64_t deepest = std::max(p.hidden, p.inner), panel = panel_depth(deepest) / UNIT * NR;
   Buffer<Operand> act(r.begin[p.experts] * act_stride);
   Buffer<Operand> copy(std::is_same_v<Operand, Weight> ? 0 : p.tokens * depth(p.hidden));
   std::atomic<size_t> first_queue{0}, second_queue{0};
@@ -190,7 +190,13 @@ inline void moe(const Problem& p, const Routing& r, int threads) {
   {
     Buffer<float> tile(TILE_ROWS * TILE_STRIDE), sums(most_tokens * sum_stride);
     Buffer<uint32_t> panels(packs ? PANELS * panel : 0);
-    const Workspace space{tile.data, panels.data};
+#if BRAZE_AMX
+    Buffer<Operand> block(packs ? BLOCK_ROWS * row_pitch(deepest) : 0);
+    const Tiles tiles(packs && has_amx());
+    const Workspace space{tile.data, panels.data, block.data};
+#else
+    const Workspace space{tile.data, panels.data, nullptr};
+#endif
     Rows rows;
     rows.reserve(most_rows);
     int64_t x_stride;

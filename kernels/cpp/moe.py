@@ -22,13 +22,16 @@ _DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # as enum Dty
 Tensors = tuple[int, ...]  # as `tensors` of moe_source
 
 
+IN_PLACE = 12  # as ROWS_IN_PLACE of vector.h
+
+
 @lru_cache(maxsize=256)
 def _build(
-    dtype: torch.dtype, layout: GateUpLayout, transposed: bool, activation: str, tensors: Tensors | None = None
+    dtype: torch.dtype, layout: GateUpLayout, transposed: bool, activation: str, tensors: Tensors | None, amx: int
 ) -> tuple[Callable[..., None] | None, str]:
     """The compiled kernel, or None and why there is none."""
     try:
-        text = _source(dtype, layout, transposed, activation, tensors)
+        text = _source(dtype, layout, transposed, activation, tensors, amx)
         return compile_cpp(argument_types(tensors or (1, 1, 1, 1)), text), ""
     except NotImplementedError as e:
         return None, f"the activation has no C++ form: {e}"
@@ -36,24 +39,30 @@ def _build(
         return None, _warned(f"the C++ kernel does not build ({e})")
 
 
-def build(dtype: torch.dtype, spec: MoeSpec, tensors: Tensors | None = None) -> tuple[Callable[..., None] | None, str]:
-    """The kernel for weights of `dtype`, built at its first use, or None and why there is none; tensors: as for `source`."""
-    return _build(dtype, spec.layout, spec.transposed, spec.activation, tensors)
+def build(x: Tensor, spec: MoeSpec, tensors: Tensors | None = None) -> tuple[Callable[..., None] | None, str]:
+    """The kernel for tokens x, real or fake, built at its first use, or None and why not; tensors: as for `source`."""
+    return _build(x.dtype, spec.layout, spec.transposed, spec.activation, tensors, _amx_for(x))
 
 
 @lru_cache(maxsize=256)
 def _source(
-    dtype: torch.dtype, layout: GateUpLayout, transposed: bool, activation: str, tensors: Tensors | None
+    dtype: torch.dtype, layout: GateUpLayout, transposed: bool, activation: str, tensors: Tensors | None, amx: int
 ) -> str:
-    return moe_source(dtype, layout, transposed, activation, _bf16_dot(), tensors)
+    return moe_source(dtype, layout, transposed, activation, _bf16_dot() or amx > 0, tensors, amx)
 
 
-def source(dtype: torch.dtype, spec: MoeSpec, tensors: Tensors | None = None) -> str:
-    """The C++ text of the kernel for weights of `dtype`; NotImplementedError where the activation has no C++ form.
+def source(x: Tensor, spec: MoeSpec, tensors: Tensors | None = None) -> str:
+    """The C++ text of the kernel for tokens x, real or fake; NotImplementedError where the activation has no C++ form.
 
     tensors: how many hold w1, w2, b1 and b2 where experts have tensors of their own; None: one holds all experts'.
     """
-    return _source(dtype, spec.layout, spec.transposed, spec.activation, tensors)
+    return _source(x.dtype, spec.layout, spec.transposed, spec.activation, tensors, _amx_for(x))
+
+
+def _amx_for(x: Tensor) -> int:
+    """What of `_amx` serves tokens x: where no expert may have more rows than are multiplied in place, widening is faster."""
+    few = isinstance(x.shape[0], int) and x.shape[0] <= IN_PLACE
+    return 0 if few or x.dtype != torch.bfloat16 else _amx()
 
 
 @cache
@@ -61,6 +70,13 @@ def _bf16_dot() -> bool:
     """Whether the dot product of bfloat16 beats widening to fp32: AMD's does, Intel's has half the rate of fp32 FMA."""
     info = Path("/proc/cpuinfo")
     return info.exists() and "AuthenticAMD" in info.read_text()
+
+
+@cache
+def _amx() -> int:
+    """1 where the CPU has a matrix unit for bfloat16 and the operating system knows of it, else 0."""
+    info = Path("/proc/cpuinfo")
+    return int(info.exists() and " amx_bf16" in info.read_text())
 
 
 @lru_cache(maxsize=16)
@@ -87,7 +103,7 @@ def supports(
     reason = refusal(x, ids, weights, w1, w2, b1, b2, spec)
     if reason is not None:
         return reason
-    kernel, reason = build(x.dtype, spec)
+    kernel, reason = build(x, spec)
     return None if kernel else reason
 
 
@@ -141,7 +157,7 @@ def run(
     """As `braze.kernels.reference.moe`, on tensors that `supports` takes; act columns are rounded to bfloat16 where the
     CPU multiplies bfloat16 itself, all else is fp32. Uses torch.get_num_threads() threads; deterministic.
     """
-    kernel, reason = build(x.dtype, spec)
+    kernel, reason = build(x, spec)
     if kernel is None:
         raise RuntimeError(reason)
     tokens, hidden = x.shape

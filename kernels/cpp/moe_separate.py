@@ -30,7 +30,7 @@ def supports(
     reason = moe.refusal(x, ids, weights, w1[0], w2[0], first(b1), first(b2), spec)
     if reason is not None:
         return reason
-    kernel, reason = moe.build(x.dtype, spec, tensors)
+    kernel, reason = moe.build(x, spec, tensors)
     return None if kernel else reason
 
 
@@ -39,7 +39,7 @@ def run(
     b2: Sequence[Tensor], spec: MoeSpec,
 ) -> Tensor:  # fmt: skip
     """As `braze.kernels.separate.moe`, on tensors that `supports` takes; numbers as `braze.kernels.cpp.moe.run`."""
-    kernel, reason = moe.build(x.dtype, spec, counts(w1, w2, b1, b2))
+    kernel, reason = moe.build(x, spec, counts(w1, w2, b1, b2))
     if kernel is None:
         raise RuntimeError(reason)
     out = torch.empty(x.shape, dtype=spec.out_dtype or x.dtype)

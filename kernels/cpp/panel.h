@@ -34,6 +34,8 @@ inline void pack(const Matrix& w, Columns columns, uint32_t* panels, int64_t siz
     for (; n + NR <= columns.count; n += NR, unit += size) pack_units<true>(w, row + n, u, NR, unit);
     if (n < columns.count) pack_units<false>(w, row + n, u, columns.count - n, unit);
   }
+  for (int64_t u = (w.k + UNIT - 1) / UNIT; u < panel_depth(w.k) / UNIT; ++u)
+    for (int64_t n = 0; n < columns.count; n += NR) std::memset(panels + n / NR * size + u * NR, 0, NR * sizeof(uint32_t));
 }
 #else
 constexpr int WORD = 4 / sizeof(Weight);  // weights in 4 bytes
@@ -65,7 +67,7 @@ inline void pack(const Matrix& w, Columns columns, uint32_t* panels, int64_t siz
         part<0>(both).store(panel + (k + u) * NR);
         part<1>(both).store(panel + (k + L + u) * NR);
 #else
-        if (k + u * WORD >= w.k) break;
+        if (!BRAZE_AMX && k + u * WORD >= w.k) break;
         if constexpr (UNIT == WORD) {
           V::loadu(words[u]).store(panel + (k / UNIT + u) * NR);
         } else {

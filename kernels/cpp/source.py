@@ -44,8 +44,10 @@ def moe_source(
     activation: str,
     bf16_dot: bool,
     tensors: Sequence[int] | None = None,
+    amx: int = 0,
 ) -> str:
-    """The source of the kernel in moe.h for weights of `dtype`; bf16_dot: use the CPU's dot product of bfloat16.
+    """The source of the kernel in moe.h for weights of `dtype`; bf16_dot: use the CPU's dot product of bfloat16; amx: also its
+    matrix unit, as in amx.h.
 
     tensors: how many hold w1, w2, b1 and b2, where an expert has tensors of its own; None: one holds all experts'.
 
@@ -59,6 +61,7 @@ def moe_source(
         "BRAZE_LAYOUT_INTERLEAVED": layout == "interleaved",
         "BRAZE_LAYOUT_NONE": layout == "none",
         "BRAZE_BF16_DOT": bf16_dot,
+        "BRAZE_AMX": amx,
         "BRAZE_SEPARATE": tensors is not None,
         "BRAZE_APART": tensors is not None and tensors[0] > tensors[1],
     }
@@ -71,10 +74,11 @@ def moe_source(
             "#include <tuple>",
             "#include <vector>",
             "#include <ATen/cpu/vec/functional.h>",
+            *(("#include <sys/syscall.h>", "#include <unistd.h>") if amx else ()),
             *(f"#undef {name}\n#define {name} {int(value)}" for name, value in constants.items()),
             f"namespace {NAMESPACE} {{",
             f"using Weight = {TYPES[dtype]};",
-            *(_header(name) for name in ("load.h", "vector.h", "dot.h", "panel.h", "strip.h", "product.h")),
+            *(_header(name) for name in ("load.h", "vector.h", "dot.h", "panel.h", "amx.h", "strip.h", "product.h")),
             _header("activation.h"),
             f"inline V activation(V g, V u) {{ return {expression}; }}",
             *(_header(name) for name in ("problem.h", "tasks.h", "moe.h")),

@@ -20,6 +20,11 @@ using Operand = float;
 #define BRAZE_SPLIT 0
 #endif
 
+#if BRAZE_AMX && !BRAZE_PAIRED  // its rows are pairs
+#undef BRAZE_AMX
+#define BRAZE_AMX 0
+#endif
+
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int MR = 12;  // rows of a register tile of the panel form: 12 x 2 accumulators of 32 registers
 constexpr int MD = 6;   // rows of a register tile of the dot form: 6 x 4 accumulators
@@ -33,8 +38,11 @@ constexpr int NR = 2 * L;                 // columns of a panel
 constexpr int PARTS = BRAZE_SPLIT ? 2 : 1;  // vectors that one load of weights widens to
 constexpr int UNIT = BRAZE_PAIRED ? 2 : 1;  // elements along K in one 4-byte unit
 constexpr int ROWS_IN_PLACE = 12;         // the most rows for which packing weights does not pay: measured
-constexpr int TILE_ROWS = ROWS_IN_PLACE > MR ? ROWS_IN_PLACE : MR;
-constexpr int PANELS = BRAZE_TRANSPOSED ? 4 : 2;  // of a task that packs
+constexpr int TILE_HEIGHT = 16;              // rows of a matrix unit's tile
+constexpr int TILE_DEPTH = 32;               // bfloat16 in each
+constexpr int BLOCK_ROWS = BRAZE_AMX ? 2 * TILE_HEIGHT : MR;  // rows multiplied together with packed columns
+constexpr int TILE_ROWS = ROWS_IN_PLACE > BLOCK_ROWS ? ROWS_IN_PLACE : BLOCK_ROWS;
+constexpr int PANELS = BRAZE_AMX ? 8 : BRAZE_TRANSPOSED ? 4 : 2;  // of a task that packs
 constexpr int PANEL_COLUMNS = PANELS * NR;  // columns of a task that packs
 constexpr int TILE_COLUMNS = BRAZE_TRANSPOSED ? 4096 : PANEL_COLUMNS;  // columns of a task that reads in place
 constexpr int TILE_STRIDE = TILE_COLUMNS + L;  // rows a multiple of 4 KiB apart would compete for lines of the L1 cache
@@ -42,6 +50,14 @@ constexpr int GROUP = TILE_COLUMNS / 2;  // where the second group of columns li
 
 // Elements along K that are multiplied: in split order whole blocks.
 constexpr int64_t depth(int64_t k) { return BRAZE_SPLIT ? (k + 2 * L - 1) / (2 * L) * (2 * L) : k; }
+
+// Elements along K of a panel: whole tiles.
+constexpr int64_t panel_depth(int64_t k) {
+  return BRAZE_AMX ? (k + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH : (depth(k) + UNIT - 1) / UNIT * UNIT;
+}
+
+// From one copied row to the next: not a multiple of 4 KiB, as above.
+constexpr int64_t row_pitch(int64_t k) { return panel_depth(k) + TILE_DEPTH; }
 
 inline float widen(float v) { return v; }
 inline float widen(at::BFloat16 v) { return static_cast<float>(v); }
