@@ -98,6 +98,20 @@ def test_every_form(spec: RopeSpec, size: int, wide: bool) -> None:
         compare(q, k, *tables(width, dtype if wide else torch.float32, 1 + n % 2), spec)
 
 
+def compare_one_batch() -> None:
+    """One batch, heads that fill their blocks and heads that do not."""
+    for spec, heads in ((RopeSpec(64), (4, 2)), (RopeSpec(48), (4, 3)), (RopeSpec(32, start=16), (5, 2))):
+        q, k = (inputs(h, 64 if spec.start else spec.rotary_dim, "bshd", torch.float32, h)[1:] for h in heads)
+        compare(q, k, *tables(spec.rotary_dim, torch.float32, 1), spec)
+
+
+@needs_triton
+@pytest.mark.parametrize("near", [True, False])
+def test_one_batch_and_heads_far_apart(monkeypatch: pytest.MonkeyPatch, near: bool) -> None:
+    monkeypatch.setattr(rope, "_near", lambda *_: near)
+    compare_one_batch()
+
+
 @needs_triton
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
 def test_in_place_and_blocks_of_heads(layout: rope.Any) -> None:

@@ -5,6 +5,7 @@ RMSNorm over the head before the rotation costs no more memory traffic, since th
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_SIZE = 512
 TILE = 2048  # elements of one program's heads
 WARPS = 4
-MANY = 2048  # tokens with which a GPU is full whatever a program's size
+MANY = 512  # tokens with which a GPU is full
 XPU_TILE, XPU_WARPS = 2048, 8  # a warp of an XPU has 16 lanes: more elements for each spill (docs/xpu.md)
 
 if HAVE_TRITON:
@@ -27,15 +28,37 @@ if HAVE_TRITON:
     import triton.language as tl
 
     @triton.jit
-    def _components(row, columns, mask, HALF: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
-        """The two components of each pair in rows of pointers [N, 1]: contiguous loads in both layouts; float32 [N, PAIRS]."""
+    def _load(at, mask, WHOLE: tl.constexpr):
+        """float32; WHOLE: the mask holds everywhere, and costs nothing."""
+        return (tl.load(at) if WHOLE else tl.load(at, mask=mask, other=0.0)).to(tl.float32)
+
+    @triton.jit
+    def _store(at, value, mask, WHOLE: tl.constexpr):
+        if WHOLE:
+            tl.store(at, value)
+        else:
+            tl.store(at, value, mask=mask)
+
+    @triton.jit
+    def _heads(block, HEADS: tl.constexpr, NEAR: tl.constexpr):
+        """The numbers of a block of heads; NEAR: a token's heads lie within 2^31 elements."""
+        n = (block * HEADS + tl.arange(0, HEADS))[:, None]
+        return n if NEAR else n.to(tl.int64)
+
+    @triton.jit
+    def _components(
+        row, columns, mask, HALF: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, FULL: tl.constexpr
+    ):
+        """The two components of each pair in rows of pointers [N, 1]: contiguous loads in both layouts; float32 [N, PAIRS].
+        FULL: the mask of rows holds everywhere."""
+        WHOLE: tl.constexpr = FULL and PAIRS == HALF
         if INTERLEAVED:
             both = tl.arange(0, 2 * PAIRS)[None, :]
-            value = tl.load(row + both, mask=mask & (both < 2 * HALF), other=0.0).to(tl.float32)
+            value = _load(row + both, mask & (both < 2 * HALF), WHOLE)
             a, b = tl.split(tl.reshape(value, (value.shape[0], PAIRS, 2)))
         else:
-            a = tl.load(row + columns, mask=mask & (columns < HALF), other=0.0).to(tl.float32)
-            b = tl.load(row + HALF + columns, mask=mask & (columns < HALF), other=0.0).to(tl.float32)
+            a = _load(row + columns, mask & (columns < HALF), WHOLE)
+            b = _load(row + HALF + columns, mask & (columns < HALF), WHOLE)
         return a, b
 
     @triton.jit
@@ -43,42 +66,42 @@ if HAVE_TRITON:
         x, out, weight, x_row, out_row, x_head, out_head, heads, block, ca, cb, sa, sb,
         SIZE: tl.constexpr, START: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
         IN: tl.constexpr, OUT: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, ONE: tl.constexpr,
-        EPS: tl.constexpr,
+        EPS: tl.constexpr, FULL: tl.constexpr, NEAR: tl.constexpr,
     ):  # fmt: skip
         """The part that turns of a block of heads of one token; NORM, WEIGHT, ONE: RMSNorm first, by weight or 1 + weight."""
-        head = (block * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
-        mask = head < heads
+        WHOLE: tl.constexpr = FULL and PAIRS == HALF
+        n = _heads(block, HEADS, NEAR)
+        mask = n < heads
         pair = tl.arange(0, PAIRS)[None, :]
-        source = x + x_row + head * x_head + START
-        target = out + out_row + head * out_head + START
-        a, b = _components(source, pair, mask, HALF, PAIRS, IN)
+        target = out + out_row + START + n * out_head
+        a, b = _components(x + x_row + START + n * x_head, pair, mask, HALF, PAIRS, IN, FULL)
         if NORM:
             scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / SIZE + EPS)[:, None]
             a, b = a * scale, b * scale
             if WEIGHT:
                 origin = tl.zeros((1, 1), tl.int32)
-                wa, wb = _components(weight + START + origin, pair, origin == 0, HALF, PAIRS, IN)
+                wa, wb = _components(weight + START + origin, pair, origin == 0, HALF, PAIRS, IN, True)
                 a, b = a * (wa + ONE), b * (wb + ONE)
         c = (a * ca - b * sa).to(out.dtype.element_ty)
         d = (b * cb + a * sb).to(out.dtype.element_ty)
         if OUT:
             both = tl.arange(0, 2 * PAIRS)[None, :]
-            tl.store(target + both, tl.reshape(tl.join(c, d), (HEADS, 2 * PAIRS)), mask=mask & (both < 2 * HALF))
+            _store(target + both, tl.reshape(tl.join(c, d), (HEADS, 2 * PAIRS)), mask & (both < 2 * HALF), WHOLE)
         else:
-            tl.store(target + pair, c, mask=mask & (pair < HALF))
-            tl.store(target + HALF + pair, d, mask=mask & (pair < HALF))
+            _store(target + pair, c, mask & (pair < HALF), WHOLE)
+            _store(target + HALF + pair, d, mask & (pair < HALF), WHOLE)
 
     @triton.jit
     def _rotate_part(
         x, out, weight, x_row, out_row, x_head, out_head, heads, block, cos, sin, own, partner, column, inside,
         SIZE: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, ONE: tl.constexpr,
-        EPS: tl.constexpr,
+        EPS: tl.constexpr, NEAR: tl.constexpr,
     ):  # fmt: skip
         """Whole heads of which a part turns: x[own] cos + x[partner] sin, the rest by cos = 1 and without a partner. One layout
         for all columns, so that a norm's sum and what it scales need no exchange between threads but one."""
-        head = (block * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
-        mask = (head < heads) & (column < SIZE)
-        source = x + x_row + head * x_head
+        n = _heads(block, HEADS, NEAR)
+        mask = (n < heads) & (column < SIZE)
+        source = x + x_row + n * x_head
         a = tl.load(source + own, mask=mask, other=0.0, eviction_policy="evict_first" if NORM else "").to(tl.float32)
         b = tl.load(source + partner, mask=mask & inside, other=0.0).to(tl.float32)
         if NORM:
@@ -89,7 +112,26 @@ if HAVE_TRITON:
                 b *= tl.load(weight + partner, mask=inside, other=0.0).to(tl.float32) + ONE
         tl.debug_barrier()  # in place, another thread may still have to read what this one writes
         result = (a * cos + b * sin).to(out.dtype.element_ty)
-        tl.store(out + out_row + head * out_head + column, result, mask=mask, cache_modifier=".cs" if NORM else "")
+        tl.store(out + out_row + n * out_head + column, result, mask=mask, cache_modifier=".cs" if NORM else "")
+
+    @triton.jit
+    def _tables(
+        cos_row, sin_row, HALF: tl.constexpr, PAIRS: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr,
+        STEP: tl.constexpr, INVERSE: tl.constexpr,
+    ):  # fmt: skip
+        """A token's cos and sin of each pair's two components, float32 [1, PAIRS] each."""
+        origin = tl.zeros((1, 1), tl.int32)
+        pair = tl.arange(0, PAIRS)[None, :]
+        if WIDE:
+            ca, cb = _components(cos_row + origin, pair, origin == 0, HALF, PAIRS, OUT, True)
+            sa, sb = _components(sin_row + origin, pair, origin == 0, HALF, PAIRS, OUT, True)
+        else:
+            ca = _load(cos_row + origin + pair * STEP, pair < HALF, HALF == PAIRS)
+            sa = _load(sin_row + origin + pair * STEP, pair < HALF, HALF == PAIRS)
+            cb, sb = ca, sa
+        if INVERSE:
+            sa, sb = -sa, -sb
+        return ca, cb, sa, sb
 
     @triton.jit
     def _turn_heads(
@@ -97,6 +139,7 @@ if HAVE_TRITON:
         SIZE: tl.constexpr, START: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, COLUMNS: tl.constexpr,
         HEADS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr, STEP: tl.constexpr,
         INVERSE: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr,
+        FULL: tl.constexpr, NEAR: tl.constexpr,
     ):  # fmt: skip
         """A block of heads of one token by its row of the tables. COLUMNS: 0, or a power of 2 that holds the head, of which a
         part turns and the rest is carried over."""
@@ -118,22 +161,13 @@ if HAVE_TRITON:
             s = tl.where((second == 1) != INVERSE, s, -s)
             _rotate_part(
                 x, out, weight, x_row, out_row, x_head, out_head, heads, block, c, s, own, partner, column, inside,
-                SIZE, HEADS, NORM, WEIGHT, ONE, EPS,
+                SIZE, HEADS, NORM, WEIGHT, ONE, EPS, NEAR,
             )  # fmt: skip
         else:
-            pair = tl.arange(0, PAIRS)[None, :]
-            if WIDE:
-                ca, cb = _components(cos_row, pair, origin == 0, HALF, PAIRS, OUT)
-                sa, sb = _components(sin_row, pair, origin == 0, HALF, PAIRS, OUT)
-            else:
-                ca = tl.load(cos_row + pair * STEP, mask=pair < HALF, other=0.0).to(tl.float32)
-                sa = tl.load(sin_row + pair * STEP, mask=pair < HALF, other=0.0).to(tl.float32)
-                cb, sb = ca, sa
-            if INVERSE:
-                sa, sb = -sa, -sb
+            ca, cb, sa, sb = _tables(cos_row, sin_row, HALF, PAIRS, OUT, WIDE, STEP, INVERSE)
             _rotate(
                 x, out, weight, x_row, out_row, x_head, out_head, heads, block, ca, cb, sa, sb,
-                SIZE, START, HALF, PAIRS, HEADS, IN, OUT, NORM, WEIGHT, ONE, EPS,
+                SIZE, START, HALF, PAIRS, HEADS, IN, OUT, NORM, WEIGHT, ONE, EPS, FULL, NEAR,
             )  # fmt: skip
 
     @triton.jit
@@ -147,20 +181,25 @@ if HAVE_TRITON:
         Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, Q_BLOCKS: tl.constexpr, K_BLOCKS: tl.constexpr,
         IN: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr, STEP: tl.constexpr, INVERSE: tl.constexpr,
         NORM: tl.constexpr, WEIGHT: tl.constexpr, ONE: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr,
+        Q_FULL: tl.constexpr, K_FULL: tl.constexpr, NEAR: tl.constexpr, SINGLE: tl.constexpr,
     ):  # fmt: skip
         """STEP: from one column of a table to the next: 2 in the real and imaginary parts of a complex one. ROWS: where a token
-        of k is written: "same", its own row; "from", as many rows further on as first_row says; "index", where rows says."""
+        of k is written: "same", its own row; "from", as many rows further on as first_row says; "index", where rows says.
+        Q_FULL, K_FULL: no block has fewer heads than it could. NEAR: a token's heads lie within 2^31 elements. SINGLE: there
+        is one batch."""
         program = tl.program_id(0)
         row = program // (Q_BLOCKS + K_BLOCKS)  # a token's programs are neighbours, which read its tables together
         block = program % (Q_BLOCKS + K_BLOCKS)
-        batch, token = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
+        batch, token = tl.zeros((), tl.int64), row.to(tl.int64)
+        if not SINGLE:
+            batch, token = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
         cos_row = cos + batch * cos_batch + token * cos_token
         sin_row = sin + batch * sin_batch + token * sin_token
         if block < Q_BLOCKS:
             _turn_heads(
                 q, q_out, q_weight, batch * q_batch + token * q_token, batch * qo_batch + token * qo_token, q_head, qo_head,
                 q_heads, block, cos_row, sin_row, SIZE, START, HALF, PAIRS, Q_COLUMNS, Q_HEADS, IN, OUT, WIDE, STEP, INVERSE,
-                NORM, WEIGHT, ONE, EPS,
+                NORM, WEIGHT, ONE, EPS, Q_FULL, NEAR,
             )  # fmt: skip
         else:
             place, heads = token, k_heads
@@ -175,7 +214,7 @@ if HAVE_TRITON:
             _turn_heads(
                 k, k_out, k_weight, batch * k_batch + token * k_token, batch * ko_batch + place * ko_token, k_head, ko_head,
                 heads, block - Q_BLOCKS, cos_row, sin_row, SIZE, START, HALF, PAIRS, K_COLUMNS, K_HEADS, IN, OUT, WIDE, STEP,
-                INVERSE, NORM, WEIGHT, ONE, EPS,
+                INVERSE, NORM, WEIGHT, ONE, EPS, K_FULL, NEAR,
             )  # fmt: skip
 
 
@@ -254,10 +293,14 @@ def tiling(q: Tensor, spec: RopeSpec, norm: bool, width: int) -> tuple[int, int]
     if spec.layout_out == "interleaved" and width == spec.rotary_dim:  # pairs of tables, too, are put in another order
         return TILE, WARPS // 2
     halves = spec.layout_in == spec.layout_out == "half"
-    few = all(isinstance(n, int) for n in q.shape) and q.shape[0] * q.shape[2] < MANY
-    if few and halves and not norm and size == spec.rotary_dim == 128:  # fewer steps of what a program waits for
-        return TILE, 2 * WARPS
-    return TILE // 2 if size <= 64 else TILE, WARPS
+    if not halves or norm or size != spec.rotary_dim:
+        return TILE // 2 if size <= 64 else TILE, WARPS
+    known = all(isinstance(n, int) for n in q.shape)
+    tokens = q.shape[0] * q.shape[2] if known else MANY
+    if size <= 64:  # all heads of q in one warp, once there are programs for all
+        return (TILE // 2, WARPS) if tokens < MANY // 2 else (TILE, 1)
+    few = size == 128 and tokens < MANY  # fewer steps of what a program waits for
+    return TILE, 2 * WARPS if few else WARPS
 
 
 def launch(
@@ -296,9 +339,10 @@ def launch(
     q_weight = norm.q_weight if weight and norm is not None else cos
     k_weight = norm.k_weight if weight and norm is not None and norm.k_weight is not None else q_weight
     index = rows.index if rows is not None else None
+    strides = (_strides(q), _strides(other), _strides(q_out), _strides(other_out) if rows is None else rows.strides)
     arguments = (
         q, other, q_out, other_out, cos, sin, q_weight, k_weight, cos if index is None else index, tokens,
-        *_strides(q), *_strides(other), *_strides(q_out), *(_strides(other_out) if rows is None else rows.strides),
+        *chain(*strides),
         _batch_stride(cos), cos.stride(1), _batch_stride(sin), sin.stride(1), q_heads, k_heads,
         *(rows.index_strides if rows is not None else (0, 0)), *((rows.first, rows.count) if rows is not None else (0, 0)),
     )  # fmt: skip
@@ -323,6 +367,10 @@ def launch(
         "ONE": 1.0 if norm is not None and norm.add_one else 0.0,
         "EPS": norm.eps if norm is not None else 0.0,  # an argument would come as float64, and make the norm so
         "ROWS": "same" if rows is None else "from" if index is None else "index",
+        "Q_FULL": q_heads % q_block == 0,
+        "K_FULL": k_heads % k_block == 0 and index is None,
+        "NEAR": all(map(_near, (q_heads, k_heads, q_heads, k_heads), strides)),
+        "SINGLE": isinstance(batch, int) and batch == 1,
     }
     written = ["q_out"] if k is None else ["q_out", "k_out"]
     results = start(rope_kernel, (batch * tokens * (q_blocks + k_blocks),), arguments, constants, written, warps=warps)
@@ -338,6 +386,11 @@ def _columns(x: Tensor, out: Tensor, spec: RopeSpec, norm: Norm | None) -> int:
 def _strides(x: Tensor) -> tuple[Any, Any, Any]:
     """(batch, token, head) strides of [B, H, S, D]."""
     return x.stride(0), x.stride(2), x.stride(1)
+
+
+def _near(heads: int, strides: tuple[Any, Any, Any]) -> bool:
+    """Whether the heads of a token are known to lie within 2^31 elements."""
+    return isinstance(strides[2], int) and heads * strides[2] < 2**31
 
 
 def _batch_stride(table: Tensor) -> int:

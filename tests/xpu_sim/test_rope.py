@@ -17,7 +17,7 @@ from braze.kernels.triton import rope
 from tests import rope_models, tiny
 from tests.harness import assert_close
 from tests.test_rope_sites import PASSED
-from tests.test_triton_rope import ROWS, SPECS, compare, compare_rows, inputs, tables
+from tests.test_triton_rope import ROWS, SPECS, compare, compare_one_batch, compare_rows, inputs, tables
 
 TARGETS = ["pvc", "generic"]
 
@@ -33,6 +33,14 @@ def test_every_form(target: str, spec: RopeSpec, size: int, wide: bool) -> None:
         with xpu_sim.device(target), xpu_sim.record() as launches:
             compare(q, k, *tables(width, dtype if wide else torch.float32, 1 + n % 2), spec)
         assert [launch.kernel for launch in launches] == ["rope_kernel"]
+
+
+@pytest.mark.parametrize("near", [True, False])
+@pytest.mark.parametrize("target", TARGETS)
+def test_one_batch_and_heads_far_apart(monkeypatch: pytest.MonkeyPatch, target: str, near: bool) -> None:
+    monkeypatch.setattr(rope, "_near", lambda *_: near)
+    with xpu_sim.device(target):
+        compare_one_batch()
 
 
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
