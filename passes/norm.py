@@ -14,7 +14,7 @@ from torch import fx
 
 from braze.kernels.spec import NormSpec
 from braze.passes import proof
-from braze.passes.elements import Elements, Expr, Sizes, Unknown, leaves
+from braze.passes.elements import Elements, Expr, Position, Sizes, Unknown, leaves
 from braze.passes.sites import NearMiss, NormSite, source_line
 from braze.passes.twins import Subgraph, evaluated, subgraph
 
@@ -142,7 +142,7 @@ def _site(
     ev = Elements(sizes, stop=lambda n: n is source or n is mean)
     lead = (0,) * (len(shape) - 1)
     row = [ev.at(normed, (*lead, d)) for d in range(head)]
-    weight = _weight(row, source, mean)
+    weight = _weight(row, source, mean, ev)
     dtype = turned.meta["val"].dtype
     for spec in _specs(row[0], weight, dtype):
         site = NormSite(turned, normed, source, weight, mean, layout, spec)
@@ -181,7 +181,7 @@ def _between(normed: fx.Node, source: fx.Node) -> set[fx.Node]:
     return needs - {source}
 
 
-def _weight(row: list[Expr], source: fx.Node, mean: fx.Node) -> fx.Node | None:
+def _weight(row: list[Expr], source: fx.Node, mean: fx.Node, ev: Elements) -> fx.Node | None:
     """The node whose d-th element is a factor of row[d]; None where there is none."""
     found: set[fx.Node] = set()
     for d, expr in enumerate(row):
@@ -189,6 +189,7 @@ def _weight(row: list[Expr], source: fx.Node, mean: fx.Node) -> fx.Node | None:
             node, idx = load.args
             if node in (source, mean):
                 continue
+            node = _row_of(node, idx, ev)
             shape = tuple(node.meta["val"].shape)
             if not idx or idx[-1] != d or shape[-1] != len(row) or any(s != 1 for s in shape[:-1]):
                 raise NoNorm(f"{node.name} of shape {shape} is no weight of one head's elements")
@@ -196,6 +197,16 @@ def _weight(row: list[Expr], source: fx.Node, mean: fx.Node) -> fx.Node | None:
     if len(found) > 1:
         raise NoNorm(f"it has several weights ({', '.join(sorted(n.name for n in found))})")
     return found.pop() if found else None
+
+
+def _row_of(node: fx.Node, idx: Position, ev: Elements) -> fx.Node:
+    """The view of a tensor [.., D], such as the weights of all layers, that is the one row which idx is in; else the tensor."""
+    for user in node.users:
+        shape = tuple(user.meta["val"].shape) if user.target in _LAYOUT else ()
+        is_row = shape[-1:] == ev.shape(node)[-1:] and all(s == 1 for s in shape[:-1])
+        if is_row and ev.at(user, (*(0 for _ in shape[:-1]), idx[-1])) is ev.load(node, idx):
+            return user
+    return node
 
 
 def _specs(element: Expr, weight: fx.Node | None, dtype: torch.dtype) -> Iterator[NormSpec]:

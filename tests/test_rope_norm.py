@@ -80,6 +80,18 @@ def test_epsilon_is_the_models_own(scale: float) -> None:
     assert_close(got, rotated(SPELLINGS["llama"][0](x.double(), w.double())), 2e-6)
 
 
+def test_a_weight_that_is_a_row_of_all_layers_weights() -> None:
+    x, w = query(), torch.stack((2 * weights(), weights(), -weights()))
+
+    def block(x: Tensor, w: Tensor) -> Tensor:
+        return rotated(normed(x) * w[1])
+
+    fused = Fused(block)
+    assert_close(fused(x, w), block(x.double(), w.double()), 1e-6)
+    (site,) = fused.findings
+    assert "weight" in site.form, fused.reasons
+
+
 def test_bfloat16_is_no_less_exact_than_eager() -> None:
     x, w = query().bfloat16(), weights().bfloat16()
 
