@@ -111,6 +111,20 @@ def test_dot_product_of_bfloat16(monkeypatch: pytest.MonkeyPatch, transposed: bo
     forget()
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs g++ for x86-64")
+def test_the_matrix_unit_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the processor, and of the compiler."""
+    for processor, compiles, used in (("avx2", True, 0), ("avx2 amx_bf16 amx_tile", True, 1), ("x amx_bf16", False, 0)):
+        monkeypatch.setattr(moe, "_cpu", lambda text=processor: text)
+        if not compiles:
+            monkeypatch.setattr(moe, "compile_cpp", refuse)
+        assert moe._amx.__wrapped__() == used
+
+
+def refuse(*_: object) -> None:
+    raise RuntimeError("no such instruction")
+
+
 def forget() -> None:
     """Makes kernels be written and built anew."""
     moe._build.cache_clear()

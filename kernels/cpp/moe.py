@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from braze.kernels.cpp.source import argument_types, moe_source
+from braze.kernels.cpp.source import AMX_PROBE, argument_types, moe_source
 from braze.kernels.cpp.toolchain import compile_cpp
 from braze.kernels.spec import GateUpLayout, MoeSpec
 
@@ -66,17 +66,28 @@ def _amx_for(x: Tensor) -> int:
 
 
 @cache
+def _cpu() -> str:
+    """What Linux says of the processor; nothing elsewhere."""
+    info = Path("/proc/cpuinfo")
+    return info.read_text() if info.exists() else ""
+
+
 def _bf16_dot() -> bool:
     """Whether the dot product of bfloat16 beats widening to fp32: AMD's does, Intel's has half the rate of fp32 FMA."""
-    info = Path("/proc/cpuinfo")
-    return info.exists() and "AuthenticAMD" in info.read_text()
+    return "AuthenticAMD" in _cpu()
 
 
 @cache
 def _amx() -> int:
-    """1 where the CPU has a matrix unit for bfloat16 and the operating system knows of it, else 0."""
-    info = Path("/proc/cpuinfo")
-    return int(info.exists() and " amx_bf16" in info.read_text())
+    """1 where the CPU has a matrix unit for bfloat16, the operating system knows of it and the compiler too; else 0."""
+    if " amx_bf16" not in _cpu():
+        return 0
+    try:
+        compile_cpp(("void*",), AMX_PROBE)
+    except RuntimeError as e:
+        log.info("the CPU's matrix unit is not used: %s", e)
+        return 0
+    return 1
 
 
 @lru_cache(maxsize=16)

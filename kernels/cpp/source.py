@@ -113,6 +113,20 @@ def _entry(tensors: Sequence[int]) -> str:
     return f'extern "C" void kernel({", ".join(parameters)}) {{\n{lists}  {NAMESPACE}::run({call});\n}}\n'
 
 
+#: Builds where the compiler knows the instructions in amx.h.
+AMX_PROBE = """#include <immintrin.h>
+extern "C" __attribute__((target("amx-tile,amx-bf16"))) void kernel(void* out) {
+  _tile_loadconfig(out);
+  _tile_zero(0);
+  _tile_loadd(1, out, 64);
+  _tile_zero(2);
+  _tile_dpbf16ps(0, 1, 2);
+  _tile_stored(0, out, 64);
+  _tile_release();
+}
+"""
+
+
 def renamed(source: str, name: str) -> str:
     """The source with its function and namespace named after `name`, to stand beside others in one file."""
     return source.replace("void kernel(", f"void {name}(").replace(NAMESPACE, f"{name}_parts")
