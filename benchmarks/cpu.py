@@ -59,6 +59,10 @@ class Shape:
             "moe_intermediate_size": self.inner, **self.extra,
         }  # fmt: skip
 
+    def forms(self) -> tuple[str, ...]:
+        """What stock is."""
+        return STOCK if self.experts > 1 else ("eager",)
+
     def expert_elements(self) -> int:
         return 3 * self.hidden * self.inner
 
@@ -73,7 +77,9 @@ SHAPES = {
         "deepseek_v3", "DeepseekV3MoE", "DeepseekV3Config", 1024, 64, 352, 6,
         {"n_shared_experts": 2, "n_group": 1, "topk_group": 1},
     ),
+    "llama": Shape("llama", "LlamaMLP", "LlamaConfig", 2048, 1, 5632, 1, {}),  # a dense MLP: one expert, no router
 }  # fmt: skip
+EXPERTS = ("qwen3", "mixtral", "gpt_oss", "deepseek")
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ def build(shape: Shape, dtype: torch.dtype) -> dict[str, nn.Module]:
         for parameter in layer.parameters():
             parameter.copy_(torch.randn_like(parameter) / shape.hidden**0.5)
     layers = {}
-    for name in STOCK:
+    for name in shape.forms():
         layers[name] = copy.deepcopy(layer, {id(p): p for p in layer.parameters()})
         for part in layers[name].modules():
             if hasattr(part, "config"):
@@ -152,8 +158,8 @@ def build(shape: Shape, dtype: torch.dtype) -> dict[str, nn.Module]:
 
 def providers(layers: Mapping[str, nn.Module], shape: Shape, tokens: int, dtype: torch.dtype) -> dict[str, Run]:
     torch._dynamo.reset()
-    runs: dict[str, Run] = {"braze": torch.compile(alone(layers["grouped_mm"]), backend="braze")}
-    for name in STOCK:
+    runs: dict[str, Run] = {"braze": torch.compile(alone(layers[shape.forms()[0]]), backend="braze")}
+    for name in shape.forms():
         gathered = tokens * shape.top_k * shape.expert_elements() * dtype.itemsize
         if name != "batched_mm" or gathered <= GATHERED:
             runs[name] = torch.compile(alone(layers[name]))
@@ -271,7 +277,7 @@ def measure(name: str, shape: Shape, dtype: torch.dtype, token_counts: Sequence[
         check(calls, exact, inputs[: 8 if tokens < 64 else 1])
         found, calls_undisturbed, machine = medians(calls, inputs, probes, seconds)
         peer = min((n for n in found if n != "braze"), key=found.__getitem__)
-        used = statistics.mean(used_experts(layers["eager"], x) for x in inputs)
+        used = statistics.mean(used_experts(layers["eager"], x) for x in inputs) if shape.experts > 1 else 1
         median = found["braze"]
         flops = 2 * tokens * shape.top_k * shape.expert_elements() / median
         read = used * shape.expert_elements() * dtype.itemsize / median
@@ -355,7 +361,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one layer, two numbers of tokens, short rounds")
     parser.add_argument("--json", type=Path, help="write the cells to this file, and beside it as .csv")
     parser.add_argument("--resume", action="store_true", help="keep that file's undisturbed cells, measure the others")
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="of " + ", ".join(SHAPES))
+    parser.add_argument("--shapes", default=",".join(EXPERTS), help="of " + ", ".join(SHAPES))
     parser.add_argument("--tokens", default="1,8,128,512")
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--seconds", type=float, default=3.0, help="a cell's time, compilation not counted")

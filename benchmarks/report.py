@@ -252,6 +252,7 @@ SECTIONS: Mapping[str, Callable[[Any], str]] = {
     "rope_h100": rope,
     "rope_cpu": rope_cpu,
     "cpu": partial(cpu, machine="two cores of an AMD EPYC with AVX-512"),
+    "cpu_mlp": partial(cpu, machine="the same cores: one that every token has, a dense MLP"),
     "cpu_amx": partial(cpu, machine="16 cores of an Intel Xeon with AMX"),
     "growth": growth,
     "compile_time": compile_time,
