@@ -203,7 +203,7 @@ def _mlp(
 ) -> Tensor:
     spec = _moe_spec(**attributes)
     if cpp_mlp.supports(x, w1, w2, b1, b2, spec):
-        return separate.mlp(x, w1, w2, b1, b2, spec).to(spec.out_dtype or x.dtype)
+        return separate.mlp(x, w1, w2, b1, b2, spec)
     return cpp_mlp.run(x, w1, w2, b1, b2, spec)
 
 

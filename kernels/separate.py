@@ -43,13 +43,20 @@ def moe(
         token, w = row // k, scores[row].to(acc)[:, None]
         rows = x[token] if spec.weight_on == "output" else (x[token].to(acc) * w).to(x.dtype)
         own = slice(e * apart, (e + 1) * apart)
-        y = mlp(rows, w1[own], w2[e], b1[own], b2[e] if b2 else None, spec).to(acc)
+        y = _expert(rows, w1[own], w2[e], b1[own], b2[e] if b2 else None, spec).to(acc)
         out.index_add_(0, token, y * w if spec.weight_on == "output" else y)
     return (out if spec.scale == 1.0 else out * spec.scale).to(spec.out_dtype or x.dtype)
 
 
 def mlp(x: Tensor, w1: Sequence[Tensor], w2: Tensor, b1: Sequence[Tensor], b2: Tensor | None, spec: MoeSpec) -> Tensor:
-    """As `braze.kernels.reference.mlp` but for the result's dtype; products in x's dtype, all else as in `moe`."""
+    """As `braze.kernels.reference.mlp`; products in x's dtype, all else as in `moe`."""
+    return _expert(x, w1, w2, b1, b2, spec).to(spec.out_dtype or x.dtype)
+
+
+def _expert(
+    x: Tensor, w1: Sequence[Tensor], w2: Tensor, b1: Sequence[Tensor], b2: Tensor | None, spec: MoeSpec
+) -> Tensor:
+    """One expert's rows, in the dtype that the last product and its bias give."""
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     columns = [_product(x, w, b1[i] if b1 else None, spec).to(acc) for i, w in enumerate(w1)]
     gate, up = split_gate_up(columns[0], spec.layout) if len(columns) == 1 else columns

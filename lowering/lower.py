@@ -137,8 +137,7 @@ def _compose_apart(x, ids, weights, gate, up, w2, b_gate, b_up, b2, **attributes
 
 
 def _compose_mlp(x, w1, w2, b1, b2, **attributes) -> Tensor:  # type: ignore[no-untyped-def]
-    spec = MoeSpec(**attributes)
-    return separate.mlp(x, w1, w2, b1, b2, spec).to(spec.out_dtype or x.dtype)
+    return separate.mlp(x, w1, w2, b1, b2, MoeSpec(**attributes))
 
 
 def _as_separate(x, ids, weights, gate, up, w2, b_gate, b_up, b2, **attributes):  # type: ignore[no-untyped-def]

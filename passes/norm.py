@@ -189,9 +189,10 @@ def _weight(row: list[Expr], source: fx.Node, mean: fx.Node, ev: Elements) -> fx
             node, idx = load.args
             if node in (source, mean):
                 continue
-            node = _row_of(node, idx, ev)
+            if idx and not _is_row(node):
+                node = _row_of(node, idx, ev)
             shape = tuple(node.meta["val"].shape)
-            if not idx or idx[-1] != d or shape[-1] != len(row) or any(s != 1 for s in shape[:-1]):
+            if not idx or idx[-1] != d or shape[-1] != len(row) or not _is_row(node):
                 raise NoNorm(f"{node.name} of shape {shape} is no weight of one head's elements")
             found.add(node)
     if len(found) > 1:
@@ -202,11 +203,18 @@ def _weight(row: list[Expr], source: fx.Node, mean: fx.Node, ev: Elements) -> fx
 def _row_of(node: fx.Node, idx: Position, ev: Elements) -> fx.Node:
     """The view of a tensor [.., D], such as the weights of all layers, that is the one row which idx is in; else the tensor."""
     for user in node.users:
-        shape = tuple(user.meta["val"].shape) if user.target in _LAYOUT else ()
-        is_row = shape[-1:] == ev.shape(node)[-1:] and all(s == 1 for s in shape[:-1])
-        if is_row and ev.at(user, (*(0 for _ in shape[:-1]), idx[-1])) is ev.load(node, idx):
+        if user.target not in _LAYOUT or not _is_row(user):
+            continue
+        *lead, width = ev.shape(user)
+        if width == ev.shape(node)[-1] and ev.at(user, (*(0 for _ in lead), idx[-1])) is ev.load(node, idx):
             return user
     return node
+
+
+def _is_row(node: fx.Node) -> bool:
+    """Whether a tensor is [D], perhaps with dimensions of size 1 before."""
+    shape = node.meta["val"].shape
+    return len(shape) > 0 and all(s == 1 for s in shape[:-1])
 
 
 def _specs(element: Expr, weight: fx.Node | None, dtype: torch.dtype) -> Iterator[NormSpec]:

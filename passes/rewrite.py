@@ -120,7 +120,9 @@ def _attributes(site: Site) -> dict[str, Any]:
     source = site.logits if isinstance(site, RouterSite) else site.x
     if attributes["out_dtype"] == source.meta["val"].dtype:
         attributes["out_dtype"] = None
-    return {k: v for k, v in attributes.items() if not isinstance(site, MlpSite) or k not in ("weight_on", "scale")}
+    if isinstance(site, MlpSite):  # nothing weights its rows
+        del attributes["weight_on"], attributes["scale"]
+    return attributes
 
 
 def source_nodes(site: Site) -> list[fx.Node]:

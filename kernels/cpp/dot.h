@@ -53,15 +53,6 @@ inline void dot_tile(const Operand* const* rows, const Weight* const* w, int64_t
   for (int m = 0; m < M; ++m) sum4(acc[m], c + m * TILE_STRIDE);
 }
 
-// Calls f with a compile-time height for `m` rows, 1..Max.
-template <int Max, class F>
-inline void with_height(int m, F&& f) {
-  if constexpr (Max > 1) {
-    if (m < Max) return with_height<Max - 1>(m, f);
-  }
-  f(std::integral_constant<int, Max>{});
-}
-
 // The lanes of sums[m * ND] add up to rows[m] . w, for M rows and one column; what lies AHEAD of it is prefetched.
 template <int M>
 inline void dot_line(const Operand* const* rows, const Weight* w, int64_t k, V* sums) {

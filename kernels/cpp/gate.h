@@ -28,14 +28,6 @@ inline void dots(const X* const* x, const Gate* w, int64_t hidden, float* out, i
   }
 }
 
-template <int N>
-inline void dots_of(int64_t rows, const X* const* x, const Gate* w, int64_t hidden, float* out, int64_t stride) {
-  if constexpr (N > 1) {
-    if (rows < N) return dots_of<N - 1>(rows, x, w, hidden, out, stride);
-  }
-  dots<N>(x, w, hidden, out, stride);
-}
-
 inline float rounded(float v, int64_t dtype) {
   switch (dtype) {
     case F32: return v;
@@ -53,7 +45,7 @@ inline void products(
   threads = std::max<int64_t>(1, std::min<int64_t>(threads, all * hidden * sizeof(Gate) / SHARE));
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t e = 0; e < all; ++e) {
-    dots_of<FEW>(rows, row, w + e * w_stride, hidden, logits + e, all);
+    with_height<FEW>(rows, [&](auto height) { dots<height()>(row, w + e * w_stride, hidden, logits + e, all); });
     float add = 0.f;
     if (b_dtype != NONE) read(b, b_offset + e, 1, 1, b_dtype, &add);
     for (int64_t t = 0; t < rows; ++t) logits[t * all + e] = rounded(logits[t * all + e] + add, logits_dtype);
@@ -84,11 +76,5 @@ extern "C" void kernel(
       logits.data(), bias, F32, bias_dtype, all, 1, experts, shared, top_k, scoring, on_scores, groups, open, top2, zero,
       renorm, eps, scale};
   if (bias_dtype != NONE) read(bias, bias_offset, experts, 1, bias_dtype, wide_bias.data());
-  for (int64_t t = 0; t < rows; ++t) {
-    if (wide_ids) {
-      route(p, wide_bias.data(), t, weights, weights_dtype, static_cast<int64_t*>(ids));
-    } else {
-      route(p, wide_bias.data(), t, weights, weights_dtype, static_cast<int32_t*>(ids));
-    }
-  }
+  for (int64_t t = 0; t < rows; ++t) route(p, wide_bias.data(), t, weights, weights_dtype, ids, wide_ids);
 }

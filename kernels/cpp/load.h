@@ -1,4 +1,4 @@
-// A vector of float32 from numbers that are stored as float32, bfloat16 or float16.
+// A vector of float32 from numbers that are stored as float32, bfloat16 or float16; and heights known to the compiler.
 
 using V = at::vec::Vectorized<float>;
 constexpr int L = V::size();
@@ -13,4 +13,13 @@ inline V load_wide(const T* p) {
     at::vec::load_fp32_from_fp16(p, v);
   }
   return v;
+}
+
+// Calls f with a compile-time height for `m` rows, 1..Max.
+template <int Max, class F>
+inline void with_height(int m, F&& f) {
+  if constexpr (Max > 1) {
+    if (m < Max) return with_height<Max - 1>(m, f);
+  }
+  f(std::integral_constant<int, Max>{});
 }

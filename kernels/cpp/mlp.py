@@ -13,7 +13,7 @@ from torch import Tensor
 from braze.kernels.cpp import moe
 from braze.kernels.spec import MoeSpec
 
-FEW = 8  # rows at most: as many as are multiplied with weights where they lie (ROWS_IN_PLACE in vector.h)
+FEW = 8  # rows at most: they are multiplied with weights where these lie, as up to ROWS_IN_PLACE of vector.h are
 
 
 def few(rows: Tensor) -> bool:

@@ -20,8 +20,6 @@ log = logging.getLogger(__name__)
 
 _DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # as enum Dtype of moe.h
 Tensors = tuple[int, ...]  # as `tensors` of moe_source
-
-
 IN_PLACE = 12  # as ROWS_IN_PLACE of vector.h
 
 

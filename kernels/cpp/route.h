@@ -148,3 +148,13 @@ void route(const Problem& p, const float* bias, int64_t t, void* weights, int64_
   for (int64_t j = 0; j < n; ++j) write(weights, t * n + j, weights_dtype, weight[j] / norm * p.scale);
   for (int64_t j = 0; j < p.top_k; ++j) ids[t * p.top_k + j] = static_cast<Id>(best[j]);
 }
+
+// As above, ids of int64 where they are wide, else of int32.
+inline void route(
+    const Problem& p, const float* bias, int64_t t, void* weights, int64_t weights_dtype, void* ids, int64_t wide_ids) {
+  if (wide_ids) {
+    route(p, bias, t, weights, weights_dtype, static_cast<int64_t*>(ids));
+  } else {
+    route(p, bias, t, weights, weights_dtype, static_cast<int32_t*>(ids));
+  }
+}

@@ -15,11 +15,5 @@ extern "C" void kernel(
   if (bias_dtype != NONE) read(bias, 0, experts, 1, bias_dtype, wide_bias);
   threads = std::max<int64_t>(1, std::min(threads, rows * experts / GRAIN));
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t t = 0; t < rows; ++t) {
-    if (wide_ids) {
-      route(p, wide_bias, t, weights, weights_dtype, static_cast<int64_t*>(ids));
-    } else {
-      route(p, wide_bias, t, weights, weights_dtype, static_cast<int32_t*>(ids));
-    }
-  }
+  for (int64_t t = 0; t < rows; ++t) route(p, wide_bias, t, weights, weights_dtype, ids, wide_ids);
 }
