@@ -60,6 +60,13 @@ def fuse_graph(graph: fx.Graph, options: Options) -> GraphReport:
     return report
 
 
+def _leave(graph: fx.Graph, options: Options, message: str) -> None:
+    """Reports a graph that nothing is fused in because of an error inside braze."""
+    _tell(GraphReport(len(graph.nodes), (), (), (message,), 0.0))
+    if options.require:
+        raise RequirementError(f"braze fused no {' and no '.join(options.require)}: {message}")
+
+
 def _tell(report: GraphReport) -> None:
     counters = torch._dynamo.utils.counters["braze"]
     for finding in report.sites:
@@ -104,6 +111,26 @@ def braze(
     ended = getattr(gm, "compile_subgraph_reason", None)
     if ended is not None and ended.graph_break:
         _tell_break(ended.reason.partition("\n")[0])
+    ours = False  # whether what goes wrong may be braze's
+
+    def fuse(graph: fx.Graph) -> None:
+        nonlocal ours
+        ours = True
+        try:
+            ours = bool(fuse_graph(graph, parsed).sites)
+        except RequirementError:
+            ours = False
+            raise
+
+    try:
+        return inductor.compile_graph(gm, example_inputs, fuse, parsed.key(), parsed.inductor)
+    except Exception as e:
+        if parsed.strict or not ours:
+            raise
+        error = e
+    # A graph that is half lowered is of no use: Inductor compiles the captured one again, as it is.
+    log.error("internal error, the graph is left to Inductor", exc_info=error)
+    message = f"{type(error).__name__}: {error}".partition("\n")[0]
     return inductor.compile_graph(
-        gm, example_inputs, lambda graph: fuse_graph(graph, parsed), parsed.key(), parsed.inductor
+        gm, example_inputs, lambda graph: _leave(graph, parsed, message), f"{parsed.key()} unfused", parsed.inductor
     )

@@ -27,7 +27,7 @@ DOCUMENTED: dict[str, tuple[str, str, str]] = {
         'Kinds ("rope", "moe", "router", "mlp") of which every graph must fuse one, or compilation fails.',
     ),
     "disable": ("list of kinds", "[]", "Kinds that are left as the model spells them."),
-    "strict": ("bool", "False", "Raise an error inside braze's passes; otherwise it is logged and the site stays unfused."),
+    "strict": ("bool", "False", "Raise an error inside braze; otherwise it is logged and the site or graph stays unfused."),
     "kernel": (
         "dict of kind to kernel", "{}",
         "Asks for a kernel instead of the best one, where it can run: "

@@ -92,9 +92,16 @@ def _run(graph: fx.Graph, disable: Collection[Kind], strict: bool, result: Resul
             fuse = partial(_fuse, site, kind, prove, result)
             _guarded(fuse, f"{kind} at {site.root.name}", None, strict, result)
         result.calls[done:] = reversed(result.calls[done:])
-        clean(graph)  # what fused sites leave behind would look like other uses to the next kind
+        _clean(graph, result)  # what fused sites leave behind would look like other uses to the next kind
     _guarded(partial(_join_norms, result, prove), "norms before rotations", None, strict, result)
+    _clean(graph, result)
+
+
+def _clean(graph: fx.Graph, result: Result) -> None:
+    """Removes what no site needed, calls among it that another site reads past: in one tensor two rotations can end."""
     clean(graph)
+    alive = set(graph.nodes)
+    result.calls = [(call, finding) for call, finding in result.calls if call in alive]
 
 
 def _guarded(work: Callable[[], Any], what: str, otherwise: Any, strict: bool, result: Result) -> Any:

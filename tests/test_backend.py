@@ -80,6 +80,24 @@ def test_error_inside_a_pass_leaves_the_graph_as_it_was(monkeypatch: pytest.Monk
     assert torch._dynamo.utils.counters["braze"]["error"] >= 1
 
 
+@pytest.mark.parametrize("place", ["backend.lower", "lowering.cpp_call.fakes"])
+def test_error_after_the_passes_leaves_the_captured_graph_to_inductor(
+    place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where kernels are chosen, and where Inductor lowers what was chosen: nothing is lost but the fusion."""
+    monkeypatch.setattr(f"braze.{place}", broken)
+    layer, x = smoke.Layer(), torch.randn(6, 32)
+    with collect() as reports:
+        got = compile_fresh(layer)(x)
+    torch.testing.assert_close(got, layer(x), rtol=1e-4, atol=1e-4)
+    assert reports[-1].sites == () and "a bug of ours" in reports[-1].errors[0]
+    assert "the graph is left to Inductor" in caplog.text
+    with pytest.raises(Exception, match="a bug of ours"):
+        compile_fresh(smoke.Layer(), options={"strict": True})(x)
+    with pytest.raises(Exception, match=r"fused no moe: .*a bug of ours"):
+        compile_fresh(smoke.Layer(), options={"require": ["moe"]})(x)
+
+
 def test_strict_raises_an_error_inside_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline.proof, "moe", broken)
     with pytest.raises(Exception, match="a bug of ours"):

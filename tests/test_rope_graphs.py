@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from braze.backend import collect
-from tests.rope_graphs import CACHES, OVER, ROOM, Graph, by_index, compare, make
+from tests.rope_graphs import CACHES, OVER, ROOM, D, Graph, by_index, compare, half, make
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -61,6 +61,21 @@ def test_k_goes_straight_into_its_cache(name: str, device: str) -> None:
     assert calls(code) == 1, code
     assert words.count("q in place, k straight into its cache") == 2, words
     assert ("norms in the same pass" in words) == (name == "norms before"), words
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_tensor_that_is_turned_twice_in_place(device: str) -> None:
+    """q and k are one: a rotation that ends in what the next one writes over is read past, and not called."""
+
+    def graph(h: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        both = (h @ q).unflatten(-1, (-1, D))
+        views = both.transpose(1, 2), both.transpose(1, 2)
+        for x in views:
+            x[..., :D] = half(x[..., :D].clone(), cos[:, None], sin[:, None])
+        return *views, views[0] + views[1]
+
+    h, q, k, cos, sin = make(1)
+    run(graph, (h, q, k, cos.double()[None], sin.double()[None]), device, "pointwise")
 
 
 @pytest.mark.parametrize("row", [ROOM, -ROOM - 1])
