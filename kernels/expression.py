@@ -22,8 +22,36 @@ class sigmoid(sympy.Function):  # type: ignore[misc]
     nargs = 1
 
 
+class log1p(sympy.Function):  # type: ignore[misc]
+    """log(1 + x), kept whole: near 0 the sum would lose x."""
+
+    nargs = 1
+
+
+class expm1(sympy.Function):  # type: ignore[misc]
+    """exp(x) - 1, kept whole as `log1p`."""
+
+    nargs = 1
+
+
+class where_gt(sympy.Function):  # type: ignore[misc]
+    """(x, y, a, b): a where x > y, else b; kept whole, as a branch that is not taken may have no value."""
+
+    nargs = 4
+
+
+class where_ge(sympy.Function):  # type: ignore[misc]
+    """(x, y, a, b): a where x >= y, else b."""
+
+    nargs = 4
+
+
 FUNCTIONS: dict[str, Any] = {
     "sigmoid": sigmoid,
+    "log1p": log1p,
+    "expm1": expm1,
+    "where_gt": where_gt,
+    "where_ge": where_ge,
     "exp": sympy.exp,
     "log": sympy.log,
     "tanh": sympy.tanh,
@@ -148,7 +176,17 @@ TORCH: dict[str, Callable[..., Any]] = {
     "Abs": torch.abs,
     "Min": lambda a, b: _clamp(a, b, torch.minimum, min),
     "Max": lambda a, b: _clamp(a, b, torch.maximum, max),
+    "log1p": torch.log1p,
+    "expm1": torch.expm1,
+    "where_gt": lambda x, y, a, b: _where(x > y, a, b),
+    "where_ge": lambda x, y, a, b: _where(x >= y, a, b),
 }
+
+
+def _where(condition: Any, a: Any, b: Any) -> Any:
+    if isinstance(condition, bool):
+        return a if condition else b
+    return torch.where(condition, a, b)
 
 
 def _clamp(a: Any, b: Any, tensors: Callable[..., Any], floats: Callable[..., Any]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import sympy
 from sympy.printing.str import StrPrinter
 
-from braze.kernels.expression import sigmoid
+from braze.kernels.expression import expm1, log1p, sigmoid, where_ge, where_gt
 from braze.passes.elements import Expr
 
 
@@ -35,7 +35,13 @@ _SYMPY: dict[str, Callable[..., Any]] = {
     "tanh": sympy.tanh,
     "erf": sympy.erf,
     "sigmoid": sigmoid,
+    "log1p": log1p,
+    "expm1": expm1,
+    "where_gt": where_gt,
+    "where_ge": where_ge,
 }
+#: (the function that chooses by a comparison, whether its operands change places)
+_CHOOSE = {"gt": ("where_gt", False), "ge": ("where_ge", False), "lt": ("where_gt", True), "le": ("where_ge", True)}
 
 
 class _Printer(StrPrinter):  # type: ignore[misc]
@@ -64,6 +70,11 @@ def _step(e: Expr, go: Callable[[Expr], int]) -> tuple[Any, ...]:
         return ("const", type(e.args[0]), e.args[0])
     if e.op == "load":
         raise NotScalar(f"the activation depends on {e.args[0].name}")
+    if e.op == "where" and e.args[0].op in _CHOOSE:
+        condition, *branches = e.args
+        name, swapped = _CHOOSE[condition.op]
+        compared = reversed(condition.args) if swapped else condition.args
+        return (name, *map(go, (*compared, *branches)))
     if e.op not in _SYMPY:
         raise NotScalar(f"the activation uses {e.op}")
     return (e.op, *map(go, e.args))

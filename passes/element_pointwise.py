@@ -141,7 +141,9 @@ def _unary(op: str) -> Any:
 for _target, _op in {
     aten.neg.default: "neg",
     aten.exp.default: "exp",
+    aten.expm1.default: "expm1",
     aten.log.default: "log",
+    aten.log1p.default: "log1p",
     aten.sqrt.default: "sqrt",
     aten.rsqrt.default: "rsqrt",
     aten.tanh.default: "tanh",

@@ -208,6 +208,7 @@ ACTIVATIONS = (
     "(Min(Max(u, -7.0), 7.0) + 1)*Min(g, 7.0)*sigmoid(1.702*Min(g, 7.0))",
     "u*Max(g, 0)**2",
     "u*log(1 + exp(-Abs(g))) + sqrt(g*g + 1)/(2 + u*u)",
+    "u*where_gt(g, 0, g, 0.7*expm1(g)) + where_ge(u, g, g, 0.5)*log1p(exp(g))",
 )
 
 

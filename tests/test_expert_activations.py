@@ -12,7 +12,7 @@ from typing import Literal
 import pytest
 import torch
 from torch import Tensor, einsum
-from torch.nn.functional import gelu, one_hot, relu, silu
+from torch.nn.functional import elu, gelu, leaky_relu, mish, one_hot, relu, silu, softplus
 
 from braze.kernels.expression import apply_torch
 from tests.harness import Fused, assert_close
@@ -53,6 +53,11 @@ ACTIVATIONS = {
     ),
     "softcap": Activation(lambda g, u: 3.0 * torch.tanh(silu(g) / 3.0) * u, "3*u*tanh(g*sigmoid(g)/3)"),
     "gate in float32": Activation(lambda g, u: silu(g.float()).to(u.dtype) * u, "g*u*sigmoid(g)"),
+    "leaky relu": Activation(lambda g, u: leaky_relu(g, 0.1) * u, "u*where_gt(g, 0, g, 0.1*g)"),
+    "elu, no gate": Activation(lambda g: elu(g, 0.7), "where_gt(g, 0, g, 0.7*expm1(g))", gate=False),
+    "softplus": Activation(lambda g, u: softplus(g, 2.0, 3.0) * u, "u*where_gt(2*g, 3, g, log1p(exp(2*g))/2)"),
+    "mish": Activation(lambda g, u: mish(g) * u, "g*u*tanh(where_gt(g, 20, g, log1p(exp(g))))"),
+    "below a bound": Activation(lambda g, u: torch.where(g <= u, g, 0.5 * u) * u, "where_ge(u, g, g, 0.5*u)*u"),
     "nobody's": Activation(lambda g, u: g * torch.exp(-g.abs()) * (u - 0.3 * g), "g*exp(-Abs(g))*(u - 0.3*g)"),
     "nobody's, no gate": Activation(lambda g: torch.tanh(g) * torch.sigmoid(2 * g), "tanh(g)*sigmoid(2*g)", gate=False),
 }

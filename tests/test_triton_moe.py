@@ -407,14 +407,20 @@ def test_nan_weights_stay_with_their_token() -> None:
     assert torch.equal(got[others], clean[others])
 
 
-@pytest.mark.parametrize("text", [SILU, GPT_OSS, GELU, RELU2, "Abs(g)*u/(1 + exp(-u))", "sqrt(2.0)*erf(g)*u", "3"])
+CHOSEN = "where_gt(g, 0, log1p(exp(g)), 0.7*expm1(0.01*g)) + where_ge(u, g, 0.5, u) + where_gt(2, 1, g, u)"
+
+
+@pytest.mark.parametrize(
+    "text", [SILU, GPT_OSS, GELU, RELU2, CHOSEN, "Abs(g)*u/(1 + exp(-u))", "sqrt(2.0)*erf(g)*u", "3"]
+)
 def test_activation_source_means_the_same(text: str) -> None:
     """The generated text, evaluated with torch in Triton's place."""
 
     class Spelled:
         PropagateNan = type("PropagateNan", (), {"ALL": None})
-        sigmoid, exp, log, erf, sqrt, abs = (
-            staticmethod(f) for f in (torch.sigmoid, torch.exp, torch.log, torch.erf, torch.sqrt, torch.abs)
+        sigmoid, exp, log, erf, sqrt, abs, where = (
+            staticmethod(f)
+            for f in (torch.sigmoid, torch.exp, torch.log, torch.erf, torch.sqrt, torch.abs, torch.where)
         )
 
         @staticmethod

@@ -34,6 +34,10 @@ VECTOR: Mapping[str, Callable[..., Any]] = {
     "Abs": lambda a: f"{a}.abs()",
     "Min": lambda a, b: f"at::vec::minimum({a}, {b})",
     "Max": lambda a, b: f"at::vec::maximum({a}, {b})",
+    "log1p": lambda a: f"{a}.log1p()",
+    "expm1": lambda a: f"{a}.expm1()",
+    "where_gt": lambda x, y, a, b: f"V::blendv({b}, {a}, {x} > {y})",
+    "where_ge": lambda x, y, a, b: f"V::blendv({b}, {a}, {x} >= {y})",
 }
 
 

@@ -37,6 +37,15 @@ def _infix(operator: str, constant: Callable[[float, float], float]) -> Callable
     return apply
 
 
+def _where(operator: str, holds: Callable[[float, float], bool]) -> Callable[..., Value]:
+    def apply(x: Value, y: Value, a: Value, b: Value) -> Value:
+        if isinstance(x, float) and isinstance(y, float):
+            return a if holds(x, y) else b
+        return f"tl.where({x} {operator} {y}, {a}, {b})"
+
+    return apply
+
+
 def _power(a: Value, n: int) -> Value:
     return a**n if isinstance(a, float) else "(" + " * ".join([a] * n) + ")"
 
@@ -57,6 +66,11 @@ TRITON: dict[str, Callable[..., Value]] = {
     "Abs": _call("tl.abs({})", abs),
     "Min": _extreme("minimum", min),
     "Max": _extreme("maximum", max),
+    # Near 0, where 1 + x loses x, three terms of the series; Triton has neither function on every device.
+    "log1p": _call("tl.where(tl.abs({0}) < 0.01, {0} * (1.0 - {0} * (0.5 - {0} / 3.0)), tl.log(1.0 + {0}))", math.log1p),
+    "expm1": _call("tl.where(tl.abs({0}) < 0.01, {0} * (1.0 + {0} * (0.5 + {0} / 6.0)), tl.exp({0}) - 1.0)", math.expm1),
+    "where_gt": _where(">", lambda x, y: x > y),
+    "where_ge": _where(">=", lambda x, y: x >= y),
 }
 
 

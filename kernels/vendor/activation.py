@@ -27,6 +27,10 @@ def same(a: str, b: str) -> bool:
 
 @lru_cache(maxsize=256)
 def _values(text: str) -> tuple[float, ...]:
-    names = [{"sigmoid": lambda x: 0.5 + 0.5 * math.tanh(0.5 * x)}, "math"]
-    function = sympy.lambdify((expression.g, expression.u), expression.parse(text), modules=names)
+    own = {
+        "sigmoid": lambda x: 0.5 + 0.5 * math.tanh(0.5 * x),
+        "where_gt": lambda x, y, a, b: a if x > y else b,
+        "where_ge": lambda x, y, a, b: a if x >= y else b,
+    }
+    function = sympy.lambdify((expression.g, expression.u), expression.parse(text), modules=[own, "math"])
     return tuple(float(function(g, u)) for g, u in itertools.product(GRID, GRID))
