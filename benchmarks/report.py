@@ -17,6 +17,8 @@ Made by `make performance` from `benchmarks/results/`. Ratios on CPU are paired:
 were called in turn in one run. More than 1 is faster than the other.
 """
 Rows = Sequence[Mapping[str, Any]]
+BESIDE = ("grouped", "triton_kernels")
+MANY = 2048  # tokens from which arithmetic decides: the table says so
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -179,6 +181,32 @@ def peers(cells: Rows) -> str:
     )
 
 
+def beside(cells: Rows) -> str:
+    """The experts' kernels on a GPU beside other forms of the layer, in turn."""
+    rows = []
+    for c in cells:
+        others = (f"{t:.1f} ({t / c['braze']:.2f})" if (t := c[peer]) else "-" for peer in BESIDE)
+        dense = f"{c['of_dense']:.2f}" if c["tokens"] >= MANY else ""
+        rows.append((c["shape"], c["tokens"], f"{c['braze']:.1f}", *others, dense, f"{c['of_floor']:.2f}"))
+    best = [min(t for peer in BESIDE if (t := c[peer])) / c["braze"] for c in cells if any(c[peer] for peer in BESIDE)]
+    against = [(peer, [c[peer] / c["braze"] for c in cells if c[peer]]) for peer in BESIDE]
+    header = ("experts", "tokens", "braze us", *(f"{peer} us" for peer in BESIDE), "of dense", "of floor")
+    return "\n".join(
+        (
+            "## Experts' kernels on an H100, in turn with others\n",
+            "`benchmarks/moe_beside.py`: every form of a cell in one run, the replays of their CUDA graphs in turn, as a warm",
+            "GPU is slower by more than forms differ; in brackets its time over braze's. grouped: `torch._grouped_mm`, and all",
+            "that is around it fused by Inductor; triton_kernels: OpenAI's, with gpt_oss's activation in every shape, without",
+            "the router's softmax and top-k, where top_k is a power of two. Of dense, from 2048 tokens: cuBLAS's time for the",
+            "products as if all rows had one expert, without sort, gathering, activation and sum, over braze's.\n",
+            *(f"- against {peer}: {mean(ratios)}" for peer, ratios in against if ratios),
+            f"- against the faster of them: {mean(best)}\n",
+            table(header, rows),
+            "",
+        )
+    )
+
+
 def untuned(cells: Rows) -> str:
     """Tiles that the model of their cost chooses beside tuned ones."""
     rows = [
@@ -247,6 +275,7 @@ def compile_time(cells: Rows) -> str:
 #: File of benchmarks/results, without .json -> its section.
 SECTIONS: Mapping[str, Callable[[Any], str]] = {
     "moe_h100": peers,
+    "moe_beside_h100": beside,
     "untuned_h100": untuned,
     "layers_h100": layers,
     "rope_h100": rope,
