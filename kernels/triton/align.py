@@ -146,7 +146,7 @@ def align(ids: Tensor, experts: int, tile_rows: int, start: Start, overlap: bool
         look = min(LOOK, max(32, triton.next_power_of_2(rows)))
         order, tiles = start(
             moe_sort, (triton.cdiv(rows, OWN),), (ids, order, tiles, rows, experts, limit),
-            {"OWN": OWN, "LOOK": look} | constants, ["order", "tiles"], warps=spread(ids, OWN * look, 4),
+            {"OWN": OWN, "LOOK": look} | constants, ["order", "tiles"], warps=spread(ids, max(OWN * look, 16 * bins), 4),
         )  # fmt: skip
         return Alignment(order, tiles, limit)
     each = max(PART, triton.next_power_of_2(triton.cdiv(rows, PARTS)))
