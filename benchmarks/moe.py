@@ -6,6 +6,8 @@ the bytes (the weights of the experts that the drawn ids name, x and the result,
 TFLOP/s. ratio: our fraction of the floor over the best peer's, which is the ratio of times where the ids drawn name as many
 experts. error: ||out - ref|| / ||ref||, ref in float64.
 
+The same forms in one run: `benchmarks/moe_beside.py`.
+
     python benchmarks/moe.py [--quick] [--json FILE] [--shape NAME ...] [--tokens N ...]
     python benchmarks/moe.py --untuned [--json FILE]: what the model chooses, as if the shapes had not been tuned
 """

@@ -29,6 +29,9 @@ PANELS: Mapping[str, tuple[Curve, ...]] = {
 }
 
 
+TABLES = ("moe_beside_h100",)  # without a plot
+
+
 def flat(cell: Mapping[str, Any]) -> dict[str, Any]:
     """A cell as one line of a table: what a shape consists of becomes columns."""
     shape = cell["shape"]
@@ -88,6 +91,10 @@ def main() -> None:
             cells = [flat(c) for c in json.loads(file.read_text())]
             write(name, cells)
             draw(name, cells)
+    for name in TABLES:
+        file = RESULTS / f"{name}.json"
+        if file.exists():
+            write(name, json.loads(file.read_text()))
     if (RESULTS / "growth.json").exists():
         draw_growth(json.loads((RESULTS / "growth.json").read_text()))
 

@@ -17,6 +17,8 @@ Made by `make performance` from `benchmarks/results/`. Ratios on CPU are paired:
 were called in turn in one run. More than 1 is faster than the other.
 """
 Rows = Sequence[Mapping[str, Any]]
+BESIDE = ("grouped", "triton_kernels")
+MANY = 2048  # tokens from which arithmetic decides: the table says so
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -170,9 +172,36 @@ def peers(cells: Rows) -> str:
         (
             "## Experts' kernels on an H100\n",
             "`benchmarks/moe.py`: CUDA graphs, bfloat16; peers are vLLM's and SGLang's Triton kernels, OpenAI's triton_kernels",
-            "and torch's grouped products, on the same kind of GPU, not in the same run (`benchmarks/peers_h100.json`). The",
-            "floor is the larger of the time to read what is needed and the time of the arithmetic.\n",
+            "and torch's grouped products, on the same kind of GPU, not in the same run (`benchmarks/peers_h100.json`). With",
+            "many tokens a warm GPU is slower by up to 15 %, so that there only the next table compares. The floor is the",
+            "larger of the time to read what is needed and the time of the arithmetic.\n",
             f"- against the best peer: {mean([c['ratio'] for c in cells])}\n",
+            table(header, rows),
+            "",
+        )
+    )
+
+
+def beside(cells: Rows) -> str:
+    """The experts' kernels on a GPU beside other forms of the layer, in turn."""
+    rows = []
+    for c in cells:
+        others = (f"{t:.1f} ({t / c['braze']:.2f})" if (t := c[peer]) else "-" for peer in BESIDE)
+        dense = f"{c['of_dense']:.2f}" if c["tokens"] >= MANY else ""
+        rows.append((c["shape"], c["tokens"], f"{c['braze']:.1f}", *others, dense, f"{c['of_floor']:.2f}"))
+    best = [min(t for peer in BESIDE if (t := c[peer])) / c["braze"] for c in cells if any(c[peer] for peer in BESIDE)]
+    against = [(peer, [c[peer] / c["braze"] for c in cells if c[peer]]) for peer in BESIDE]
+    header = ("experts", "tokens", "braze us", *(f"{peer} us" for peer in BESIDE), "of dense", "of floor")
+    return "\n".join(
+        (
+            "## Experts' kernels on an H100, in turn with others\n",
+            "`benchmarks/moe_beside.py`: every form of a cell in one run, the replays of their CUDA graphs in turn, as a warm",
+            "GPU is slower by more than forms differ; in brackets its time over braze's. grouped: `torch._grouped_mm` under",
+            "torch.compile, the number of tokens symbolic; triton_kernels: OpenAI's, with gpt_oss's activation in every shape,",
+            "without the router's softmax and top-k, where top_k is a power of two. Of dense, from 2048 tokens: cuBLAS's time",
+            "for the products as if all rows had one expert, without sort, gathering, activation and sum, over braze's.\n",
+            *(f"- against {peer}: {mean(ratios)}" for peer, ratios in against if ratios),
+            f"- against the faster of them: {mean(best)}\n",
             table(header, rows),
             "",
         )
@@ -247,6 +276,7 @@ def compile_time(cells: Rows) -> str:
 #: File of benchmarks/results, without .json -> its section.
 SECTIONS: Mapping[str, Callable[[Any], str]] = {
     "moe_h100": peers,
+    "moe_beside_h100": beside,
     "untuned_h100": untuned,
     "layers_h100": layers,
     "rope_h100": rope,

@@ -132,6 +132,7 @@ def sort_workloads() -> Iterator[Workload]:
 
     for rows, experts, tile, dtype in (
         (64, 8, 16, torch.int64),
+        (1024, 512, 16, torch.int64),
         (4096, 8, 64, torch.int64),
         (4096, 128, 64, torch.int32),
         (65536, 512, 256, torch.int64),

@@ -67,8 +67,12 @@ TRITON: dict[str, Callable[..., Value]] = {
     "Min": _extreme("minimum", min),
     "Max": _extreme("maximum", max),
     # Near 0, where 1 + x loses x, three terms of the series; Triton has neither function on every device.
-    "log1p": _call("tl.where(tl.abs({0}) < 0.01, {0} * (1.0 - {0} * (0.5 - {0} / 3.0)), tl.log(1.0 + {0}))", math.log1p),
-    "expm1": _call("tl.where(tl.abs({0}) < 0.01, {0} * (1.0 + {0} * (0.5 + {0} / 6.0)), tl.exp({0}) - 1.0)", math.expm1),
+    "log1p": _call(
+        "tl.where(tl.abs({0}) < 0.01, {0} * (1.0 - {0} * (0.5 - {0} / 3.0)), tl.log(1.0 + {0}))", math.log1p
+    ),
+    "expm1": _call(
+        "tl.where(tl.abs({0}) < 0.01, {0} * (1.0 + {0} * (0.5 + {0} / 6.0)), tl.exp({0}) - 1.0)", math.expm1
+    ),
     "where_gt": _where(">", lambda x, y: x > y),
     "where_ge": _where(">=", lambda x, y: x >= y),
 }

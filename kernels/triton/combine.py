@@ -31,11 +31,12 @@ def moe_permute(
 def moe_combine(
     y, out, hidden, split, TOP_K: tl.constexpr, SPLIT: tl.constexpr, BH: tl.constexpr, OVERLAP: tl.constexpr
 ):
-    """out[t] = sum over the SPLIT * TOP_K parts y[s, t, j], always in the same order."""
+    """out[t] = sum over the SPLIT * TOP_K parts y[s, t, j], always in the same order; a token's programs are neighbours."""
     if OVERLAP:
         wait()
-    token = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    blocks = tl.cdiv(hidden, BH)
+    token = (tl.program_id(0) // blocks).to(tl.int64)
+    h = tl.program_id(0) % blocks * BH + tl.arange(0, BH)
     total = tl.zeros((BH,), tl.float32)
     source = y + token * TOP_K * hidden + h
     for _ in tl.static_range(SPLIT):
@@ -62,7 +63,7 @@ def combine(y: Tensor, out: Tensor, top_k: int, start: Start, overlap: bool) -> 
     tokens = out.shape[0]
     block = 256 if tokens < 16 else min(1024, triton.next_power_of_2(hidden))
     constants = {"TOP_K": top_k, "SPLIT": split, "BH": block, "OVERLAP": overlap}
-    grid = (tokens, triton.cdiv(hidden, block))
+    grid = (tokens * triton.cdiv(hidden, block),)
     (out,) = start(
         moe_combine,
         grid,

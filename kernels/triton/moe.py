@@ -1,7 +1,7 @@
 """Experts as a sequence of launches: [sort] -> first product -> second product -> [sum over each token's experts].
 
 Only the [T*k, I] activations and the [T*k, H] results pass through memory; rows of x are gathered inside the first product.
-For few rows there is no sort, and for k = 1 or one token the second product writes the result itself: two to six launches, one
+For few rows there is no sort, and for k = 1 or one token the second product writes the result itself: two to five launches, one
 more where rows are copied first.
 One token on CUDA, or few, takes two launches of its own where weights are contiguous along what is summed over (`vector`).
 """

@@ -102,7 +102,7 @@ def test_a_token_after_those_in_the_cache(family: str, dtype: torch.dtype) -> No
             compiled = torch.compile(model, backend="braze", options=options, dynamic=False)
             output = compiled(tokens[:, -1:], past_key_values=cache, use_cache=True).logits
     products = [launch for launch in launches if launch.kernel == "moe_gemm"]
-    assert len(products) == 4 and "moe_place" not in {launch.kernel for launch in launches}
+    assert len(products) == 4 and "moe_sort" not in {launch.kernel for launch in launches}
     if dtype == torch.bfloat16:
         imported = [{one.name for one in spirv.imports(launch.module)} for launch in products]
         assert all(any("matrix_mad" in name for name in names) for names in imported)
