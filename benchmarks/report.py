@@ -197,7 +197,7 @@ def beside(cells: Rows) -> str:
             "## Experts' kernels on an H100, in turn with others\n",
             "`benchmarks/moe_beside.py`: every form of a cell in one run, the replays of their CUDA graphs in turn, as a warm",
             "GPU is slower by more than forms differ; in brackets its time over braze's. grouped: `torch._grouped_mm` under",
-            "torch.compile, the number of tokens symbolic; triton_kernels: OpenAI's, with gpt_oss's activation in every shape,",
+            "torch.compile, all sizes fixed; triton_kernels: OpenAI's, with gpt_oss's activation in every shape,",
             "without the router's softmax and top-k, where top_k is a power of two. Of dense, from 2048 tokens: cuBLAS's time",
             "for the products as if all rows had one expert, without sort, gathering, activation and sum, over braze's.\n",
             *(f"- against {peer}: {mean(ratios)}" for peer, ratios in against if ratios),
