@@ -1,7 +1,8 @@
 """Dense expert weights of which few are not zero: scores[t, e] = 0 unless e is one of ids[t, :].
 
-They come from a top-k that was scattered, f(scatter(fill, ids, values)) with f(fill) = 0, or from comparisons with the
-experts' numbers, sum_j [ids[t, j] = e] w[t, j]. Then only the chosen experts count: the same block with ids and weights [T, k].
+They come from a top-k that was scattered, f(scatter(fill, ids, values)) with f(fill) = 0, or added up into zeros, or from
+comparisons with the experts' numbers, sum_j [ids[t, j] = e] w[t, j]. Then only the chosen experts count: the same block with
+ids and weights [T, k].
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from braze.passes.numeric import value
 from braze.passes.products import NoExperts
 
 aten = torch.ops.aten
+_CAST = torch.ops.prims.convert_element_type.default
 
 
 def sparse_scores(scores: fx.Node, before: fx.Node, ev: Elements) -> tuple[fx.Node, fx.Node, fx.Node] | None:
@@ -32,13 +34,13 @@ def _scattered(scores: fx.Node, before: fx.Node, ev: Elements) -> tuple[fx.Node,
     chain: list[fx.Node] = []
     at = tuple(s - 1 for s in ev.shape(scores))
     node = scores
-    while node.target is not aten.scatter.src:
+    while node.target not in (aten.scatter.src, aten.scatter_add.default):
         path = list(trail(node, tuple(s - 1 for s in ev.shape(node)), ev))
         ends = [n for n, idx in path[1:] if _like(n, idx, at, ev)]
         if path[-1][0] is not node and not ends:
             return None
         if ends:
-            if node.target is torch.ops.prims.convert_element_type.default:
+            if node.target is _CAST:
                 chain.append(node)
             node = ends[0]
             continue
@@ -52,6 +54,10 @@ def _scattered(scores: fx.Node, before: fx.Node, ev: Elements) -> tuple[fx.Node,
         return None
     if not _is_zero_at_fill(scores, node, base, ev):
         return None
+    if node.target is aten.scatter_add.default and (
+        any(n.target is not _CAST for n in chain) or not _is_zero(base, ev)
+    ):
+        return None  # the sum's function, where an expert is chosen twice, is not the sum of each one's
     slots = ev.shape(ids)[-1]
     values = weights = separate.rows_of(values, slots, ev, before)
     for step in reversed(chain):
@@ -77,6 +83,10 @@ def _is_zero_at_fill(scores: fx.Node, scatter: fx.Node, base: object, ev: Elemen
     if fill.const is None:
         return False
     return value(score, dict.fromkeys(leaves([score]), float(fill.const))) == 0.0
+
+
+def _is_zero(base: object, ev: Elements) -> bool:
+    return isinstance(base, fx.Node) and ev.at(base, (0,) * len(ev.shape(base))).const == 0
 
 
 def _again(step: fx.Node, source: fx.Node, before: fx.Node) -> fx.Node:

@@ -64,8 +64,11 @@ def _permutation(ev: Elements, sort: fx.Node, r: Any) -> Expr:
 
 def _inverse(ev: Elements, perm: fx.Node, s: Any) -> Expr | None:
     """The position r with perm[r] = s, where perm holds a permutation made by a sort."""
+    if len(ev.shape(perm)) != 1:
+        return None
     probe = ev.indices.at(perm, (0,))
-    if probe.op == "load" and is_sort(probe.args[0]) and len(ev.shape(perm)) == 1:
+    whole = probe.op == "load" and is_sort(probe.args[0]) and probe.args[1] == (0,)
+    if whole and ev.shape(tensor_of(probe.args[0].args[0])) == ev.shape(perm):
         return ev.make("inverse", ev.load(probe.args[0], ()), s if isinstance(s, Expr) else ev.const(s))
     return None
 
@@ -82,25 +85,41 @@ def _counts_up(ev: Elements, values: Any, like: fx.Node) -> bool:
 
 @handles(aten.index_put.default, aten._unsafe_index_put.default)
 def _index_put(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
-    """out[perm] = iota, perm a whole permutation: out is its inverse. Rows added up at perm // k: see `_sum_at`."""
+    """out[perm] = iota, perm a whole permutation: out is its inverse. out[perm] = rows: each is put back to where the sort had
+    it from. Rows added up at perm // k: see `_sum_at`."""
     base, where, values = node.args[:3]
     if len(where) != 1:  # type: ignore[arg-type]
         return None
     if argument(node, 3, "accumulate", False):
         return _sum_at(ev, base, where[0], values, idx)  # type: ignore[index]
-    return _inverse_of(ev, where[0], base, values, idx) if len(idx) == 1 else None  # type: ignore[index]
+    return _overwritten(ev, where[0], base, values, idx)  # type: ignore[index]
+
+
+def _overwritten(ev: Elements, perm: Any, base: Any, values: Any, idx: Position) -> Expr | None:
+    """The element at idx of `base`, all of whose rows are overwritten with `values` at `perm`."""
+    if len(idx) == 1:
+        return _inverse_of(ev, perm, base, values, idx)
+    shape = ev.shape(tensor_of(base))
+    if not isinstance(perm, fx.Node) or ev.shape(perm) != shape[:1] or ev.shape(tensor_of(values)) != shape:
+        return None
+    row = _inverse(ev, perm, idx[0])
+    return None if row is None else ev.at(values, (row, *idx[1:]))
+
+
+def _one_a_row(ev: Elements, node: fx.Node) -> bool:
+    """Whether a scatter along the first dimension repeats a column of indices for all columns."""
+    dim, where, values = node.args[1:4]
+    rest = tuple(s - 1 for s in ev.shape(tensor_of(where))[1:])
+    if dim != 0 or ev.shape(tensor_of(where)) != ev.shape(tensor_of(values)):
+        return False
+    return ev.indices.at(where, (0, *rest)) is ev.indices.at(where, (0, *(0 for _ in rest)))
 
 
 @handles(aten.scatter_add.default)
 def _scatter_add(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
     """Rows added up at the places that a column of indices, repeated for all columns, says."""
-    base, dim, where, values = node.args[:4]
-    rest = tuple(s - 1 for s in ev.shape(tensor_of(where))[1:])
-    if dim != 0 or ev.shape(tensor_of(where)) != ev.shape(tensor_of(values)):
-        return None
-    if ev.indices.at(where, (0, *rest)) is not ev.indices.at(where, (0, *(0 for _ in rest))):
-        return None
-    return _sum_at(ev, base, where, values, idx)
+    base, _, where, values = node.args[:4]
+    return _sum_at(ev, base, where, values, idx) if _one_a_row(ev, node) else None
 
 
 @handles(aten.index_add.default)
@@ -138,9 +157,18 @@ def _sum_at(ev: Elements, base: Any, where: Any, values: Any, idx: Position) -> 
 
 @handles(aten.scatter.src)
 def _scatter(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
-    """out[perm] = iota of one dimension, as above; any other scatter is a leaf."""
+    """out[perm] = iota of one dimension, or rows at a column of indices, as above; any other scatter is a leaf."""
     base, _, perm, values = node.args[:4]
-    return _inverse_of(ev, perm, base, values, idx) if len(idx) == 1 else None
+    if len(idx) == 1:
+        return _inverse_of(ev, perm, base, values, idx)
+    return _overwritten(ev, _column(perm), base, values, idx) if _one_a_row(ev, node) else None
+
+
+def _column(where: Any) -> Any:
+    """What a column of indices was before it was repeated for every column."""
+    while where.target in (aten.expand.default, aten.unsqueeze.default, aten.reshape.default, aten.view.default):
+        where = where.args[0]
+    return where
 
 
 #: More integers a row than this, scattered, make a leaf.

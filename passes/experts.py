@@ -7,6 +7,7 @@ weights; each names its row, the row its expert and its token. Sorted and groupe
 experts, the dispatch is only a way to say the same rows. The proof (braze.passes.proof) then decides.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -152,7 +153,11 @@ def _site(pair: Pair, ev: Elements) -> MoeSite:
 
     act = between(pair, terms[0], _inner_size(w2, ev), is_weight, ev)
     x, input_weight = rows.input_of(pair, act.at, (tokens, hidden), ev)
-    source, weight_on = _weight(act, input_weight, [one_atom(t) for t in terms], bool(terms[0].biases), dispatch)
+    on_output = [one_atom(t) for t in terms]
+    if slots == 1 and input_weight is act.scaled_by is None and not act.weights and on_output == [None]:
+        with contextlib.suppress(NoExperts):
+            x, input_weight = rows.input_of(pair, act.at, (tokens, hidden), ev, weighted=True)
+    source, weight_on = _weight(act, input_weight, on_output, bool(terms[0].biases), dispatch)
     weights = rows.matrix(source, slot, (tokens, slots), ev)
     if weights is None:
         raise NoExperts(f"the rows' weight {source[0].name} is no [tokens, slots] tensor")

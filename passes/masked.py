@@ -107,7 +107,7 @@ def root_of(down: fx.Node, inside: Collection[fx.Node], reads: Callable[[fx.Node
 
     memo: dict[Expr, Any] = {}
     found = Sum(products={down})
-    node = down
+    node, width = down, ev.shape(down)[-1]
     while True:
         shape = ev.shape(node)
         try:
@@ -118,7 +118,7 @@ def root_of(down: fx.Node, inside: Collection[fx.Node], reads: Callable[[fx.Node
             found.reason = str(e)
             break
         found.products |= met
-        if terms and len({t.product for t in terms}) > 1:
+        if terms and len({t.product for t in terms}) > 1 and shape[-1] == width:  # not a sum over the columns, later on
             found.root, found.terms = node, terms
         users = [n for n in node.users if n in inside]
         if not users or len(users) != len(node.users):

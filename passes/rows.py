@@ -101,10 +101,15 @@ def _pick(node: fx.Node, idx: Position, ev: Elements) -> Source | None:
     return ids, tuple(0 if s == 1 else k for k, s in zip(idx, ev.shape(ids), strict=False))
 
 
-def input_of(pair: Pair, at: Sequence[Position], shape: tuple[int, int], ev: Elements) -> tuple[fx.Node, Source | None]:
-    """(x, the element of the weight on it if there is one) behind the rows of the first products. at: an element of each."""
+def input_of(
+    pair: Pair, at: Sequence[Position], shape: tuple[int, int], ev: Elements, weighted: bool = False
+) -> tuple[fx.Node, Source | None]:
+    """(x, the element of the weight on it if there is one) behind the rows of the first products. at: an element of each.
+
+    weighted: x times its weight is not taken for x, which it may be where a token has one row.
+    """
     firsts = list(zip(pair.firsts, at, strict=True))
-    found = {_input_of(f, pair.first_left, idx, shape, ev) for f, idx in firsts}
+    found = {_input_of(f, pair.first_left, idx, shape, ev, weighted) for f, idx in firsts}
     if len(found) == 1:
         return found.pop()
     starts = [products.input_element(f, idx, 0, pair.first_left) for f, idx in firsts]
@@ -116,13 +121,13 @@ def input_of(pair: Pair, at: Sequence[Position], shape: tuple[int, int], ev: Ele
 
 
 def _input_of(
-    first: fx.Node, left: bool, idx: Position, shape: tuple[int, int], ev: Elements
+    first: fx.Node, left: bool, idx: Position, shape: tuple[int, int], ev: Elements, weighted: bool
 ) -> tuple[fx.Node, Source | None]:
     start = products.input_element(first, idx, 0, left)
     if shape[1] != products.inner_size(first, ev, left):
         raise NoExperts("the experts' input and output have different sizes")
     x = matrix(start, 0, shape, ev)
-    if x is not None:
+    if x is not None and not weighted:
         return x, None
     node, end = list(trail(*start, ev))[-1]
     if (

@@ -262,15 +262,21 @@ def _gather(node: fx.Node, values: dict[fx.Node, Any], sizes: Sizes) -> Tensor:
 def _put(node: fx.Node, values: dict[fx.Node, Any], sizes: Sizes) -> Tensor:
     """A constant that rows are put into, or added to, gets their columns; so do the indices that are repeated for each."""
     args: list[Any] = list(fx.node.map_arg(node.args, lambda n: values[n]))
-    rows = args[3 if node.target in (aten.scatter_add.default, aten.index_add.default) else 2]
+    scatters = node.target in (aten.scatter.src, aten.scatter_add.default)
+    if scatters and args[1] % args[0].ndim:
+        return node.target(*args)  # type: ignore[no-any-return, operator]  # columns are of experts, not of rows
+    rows = args[3 if scatters or node.target is aten.index_add.default else 2]
     own, columns = args[0], rows.shape[1:] if rows.ndim > 1 else ()
     lead = own.ndim - len(columns)
-    if isinstance(node.args[0], fx.Node) and node.args[0].target is aten.full.default:
-        args[0] = own.new_full((*own.shape[:lead], *columns), float(node.args[0].args[1]))  # type: ignore[arg-type]
-    if node.target is aten.scatter_add.default and args[2].stride()[1:] == (0,) * len(columns):
+    if isinstance(node.args[0], fx.Node) and node.args[0].target in _CONSTANT:
+        args[0] = own.flatten()[:1].expand(*own.shape[:lead], *columns)
+    if scatters and args[2].stride()[1:] == (0,) * len(columns):
         args[2] = args[2][(slice(None), *(slice(0, 1) for _ in columns))].expand(rows.shape)
     return node.target(*args, **node.kwargs)  # type: ignore[no-any-return, operator]
 
+
+#: What gives tensors all of whose elements are the same, or nobody's.
+_CONSTANT = (aten.full.default, aten.empty.memory_format)
 
 _RULES: dict[Any, Callable[[fx.Node, dict[fx.Node, Any], Sizes], Any]] = {
     aten.view.default: _view,
@@ -286,6 +292,7 @@ _RULES: dict[Any, Callable[[fx.Node, dict[fx.Node, Any], Sizes], Any]] = {
     aten.index_put.default: _put,
     aten._unsafe_index_put.default: _put,
     aten.index_add.default: _put,
+    aten.scatter.src: _put,
     aten.scatter_add.default: _put,
     aten.empty.memory_format: _filled(_empty),
     aten.full.default: _full,

@@ -291,6 +291,15 @@ def test_parts_of_one_tensor_are_given_as_that_tensor() -> None:
         assert_close(got, model.double()(x.double()), 1e-5)
 
 
+def test_a_sum_over_the_columns_of_the_output_stays_outside() -> None:
+    model, x = Loop(), tokens(T)
+    fused = Fused(lambda x: (out := model(x), out.sum(-1)))
+    got = fused(x)
+    assert fused.count("moe") == [1], fused.reasons
+    assert_close(got[0], exact(model, x), 1e-5)
+    assert_close(got[1], exact(model, x).sum(-1), 1e-5)
+
+
 def test_what_is_added_to_the_experts_stays_outside() -> None:
     model, x = WithShared(), tokens(T)
     fused = Fused(model)

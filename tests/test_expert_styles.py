@@ -126,6 +126,38 @@ def sorted_added(m: Layer, x: Tensor) -> Tensor:
     return torch.zeros_like(x).index_add(0, perm // K, y * weights.flatten()[perm].unsqueeze(1))
 
 
+def sorted_rows(m: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(results of the rows by expert, the permutation, weights)."""
+    weights, ids = m.route(x)
+    perm, ends = sort(ids)
+    gate, up = grouped(x[perm // K], torch.cat((m.gate, m.up), 1), ends).chunk(2, -1)
+    return grouped(silu(gate) * up, m.down, ends).to(x.dtype), perm, weights
+
+
+def sorted_put_back(m: Layer, x: Tensor) -> Tensor:
+    """Rows written to where the sort had them from, over a tensor that holds nothing yet."""
+    y, perm, weights = sorted_rows(m, x)
+    out = torch.empty_like(y)
+    out[perm] = y
+    return (out.view(-1, K, H) * weights.unsqueeze(-1)).sum(1)
+
+
+def sorted_scattered_back(m: Layer, x: Tensor) -> Tensor:
+    """The same by a scatter, each place repeated for every column."""
+    y, perm, weights = sorted_rows(m, x)
+    out = torch.zeros_like(y).scatter_(0, perm.unsqueeze(1).expand(-1, H), y)
+    return (out.view(-1, K, H) * weights.unsqueeze(-1)).sum(1)
+
+
+def scores_added(m: Layer, x: Tensor) -> Tensor:
+    """All experts in batched products, weights added up into scores."""
+    weights, ids = m.route(x)
+    scores = torch.zeros(x.shape[0], E, dtype=x.dtype).scatter_add(1, ids, weights)
+    rows = x.expand(E, *x.shape)
+    g = silu(torch.bmm(rows, m.gate.transpose(1, 2))) * torch.bmm(rows, m.up.transpose(1, 2))
+    return (torch.bmm(g, m.down.transpose(1, 2)) * scores.t()[..., None]).sum(0)
+
+
 def in_two_orders(m: Layer, x: Tensor) -> Tensor:
     """gate and up [out, in], down [in, out]."""
     weights, ids = m.route(x)
@@ -159,7 +191,7 @@ STYLES: dict[str, Style] = {
     s.__name__: s
     for s in (
         gathered_three, gathered_three_with_biases, up_first, dense_three, batched_three, sorted_scattered, sorted_added,
-        in_two_orders, masked_places, one_by_one,
+        sorted_put_back, sorted_scattered_back, scores_added, in_two_orders, masked_places, one_by_one,
     )
 }  # fmt: skip
 
@@ -179,7 +211,26 @@ def test_a_style_is_one_call(name: str) -> None:
     assert_close(got, reference(m, x, name), 2e-2 if "sorted" in name else 1e-5)
 
 
-@pytest.mark.parametrize("name", ["gathered_three", "dense_three", "sorted_scattered"])
+def test_one_expert_a_token_weighted_before() -> None:
+    """Where a token has one row, its weighted row is a tensor like x."""
+    m, x = layer(), tokens()
+
+    def style(m: Layer, x: Tensor) -> Tensor:
+        weights, ids = (x @ m.router.t()).sigmoid().topk(1)
+        rows = x.unsqueeze(1) * weights.unsqueeze(-1)
+        g = silu(torch.einsum("tai,taoi->tao", rows, m.gate[ids])) * torch.einsum("tai,taoi->tao", rows, m.up[ids])
+        return torch.einsum("tao,taio->ti", g, m.down[ids])
+
+    fused = Fused(lambda x: style(m, x))
+    got = fused(x)
+    assert fused.count("moe") == fused.count("router") == [1], fused.reasons
+    assert "weight on input" in next(f.form for f in fused.findings if f.kind == "moe")
+    assert_close(got, style(m.to(torch.float64), x.double()), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["gathered_three", "dense_three", "sorted_scattered", "sorted_put_back", "scores_added"]
+)
 def test_compiled_with_other_numbers_of_tokens(name: str) -> None:
     m = layer()
     torch._dynamo.reset()
@@ -262,6 +313,30 @@ def another_router(m: Layer, x: Tensor) -> Tensor:
     return torch.zeros_like(x).index_add(0, perm // K, y * weights.flatten()[other].unsqueeze(1))
 
 
+def put_back_in_reverse(m: Layer, x: Tensor) -> Tensor:
+    y, perm, weights = sorted_rows(m, x)
+    out = torch.empty_like(y)
+    out[perm.flip(0)] = y
+    return (out.view(-1, K, H) * weights.unsqueeze(-1)).sum(1)
+
+
+def a_row_kept(m: Layer, x: Tensor) -> Tensor:
+    """All rows but the first are put back."""
+    y, perm, weights = sorted_rows(m, x)
+    out = torch.ones_like(y)
+    out[perm[1:]] = y[1:]
+    return (out.view(-1, K, H) * weights.unsqueeze(-1)).sum(1)
+
+
+def root_of_added(m: Layer, x: Tensor) -> Tensor:
+    """A function of added weights, which ids that are alike would make another one than the sum of the functions."""
+    weights, ids = m.route(x)
+    scores = torch.zeros(x.shape[0], E, dtype=x.dtype).scatter_add(1, ids, weights).sqrt()
+    rows = x.expand(E, *x.shape)
+    g = silu(torch.bmm(rows, m.gate.transpose(1, 2))) * torch.bmm(rows, m.up.transpose(1, 2))
+    return (torch.bmm(g, m.down.transpose(1, 2)) * scores.t()[..., None]).sum(0)
+
+
 REFUSED: dict[Style, str] = {
     other_rows: "product",
     other_experts: "different experts' weights",
@@ -272,6 +347,9 @@ REFUSED: dict[Style, str] = {
     added_in_order: "not linear in the second product's rows",
     added_to_something: "not weighted as they are",
     another_router: "weight",
+    put_back_in_reverse: "not linear in the second product's rows",
+    a_row_kept: "not linear in the second product's rows",
+    root_of_added: "no top-k",
 }
 
 
