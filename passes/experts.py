@@ -154,7 +154,7 @@ def _site(pair: Pair, ev: Elements) -> MoeSite:
     act = between(pair, terms[0], _inner_size(w2, ev), is_weight, ev)
     x, input_weight = rows.input_of(pair, act.at, (tokens, hidden), ev)
     on_output = [one_atom(t) for t in terms]
-    if slots == 1 and input_weight is act.scaled_by is None and not act.weights and on_output == [None]:
+    if slots == 1 and input_weight is None and act.scaled_by is None and not act.weights and on_output == [None]:
         with contextlib.suppress(NoExperts):
             x, input_weight = rows.input_of(pair, act.at, (tokens, hidden), ev, weighted=True)
     source, weight_on = _weight(act, input_weight, on_output, bool(terms[0].biases), dispatch)
