@@ -86,6 +86,15 @@ def _tell(report: GraphReport) -> None:
         log.info("not fused: %s at %s: %s", miss.kind, miss.source, miss.reason)
 
 
+def _retract(told: Sequence[GraphReport]) -> None:
+    """Takes back reports of graphs that are not compiled as they say."""
+    for report in told:
+        for finding in report.sites:
+            torch._dynamo.utils.counters["braze"][finding.kind] -= 1
+        for reports in _listeners:
+            reports.remove(report)
+
+
 @functools.lru_cache(maxsize=256)
 def _tell_break(reason: str) -> None:
     """Says once for each reason that a model was captured in pieces."""
@@ -111,16 +120,18 @@ def braze(
     ended = getattr(gm, "compile_subgraph_reason", None)
     if ended is not None and ended.graph_break:
         _tell_break(ended.reason.partition("\n")[0])
+    told: list[GraphReport] = []
     ours = False  # whether what goes wrong may be braze's
 
     def fuse(graph: fx.Graph) -> None:
         nonlocal ours
         ours = True
         try:
-            ours = bool(fuse_graph(graph, parsed).sites)
+            told.append(fuse_graph(graph, parsed))
         except RequirementError:
             ours = False
             raise
+        ours = bool(told[-1].sites)
 
     try:
         return inductor.compile_graph(gm, example_inputs, fuse, parsed.key(), parsed.inductor)
@@ -130,6 +141,7 @@ def braze(
         error = e
     # A graph that is half lowered is of no use: Inductor compiles the captured one again, as it is.
     log.error("internal error, the graph is left to Inductor", exc_info=error)
+    _retract(told)
     message = f"{type(error).__name__}: {error}".partition("\n")[0]
     return inductor.compile_graph(
         gm, example_inputs, lambda graph: _leave(graph, parsed, message), f"{parsed.key()} unfused", parsed.inductor
