@@ -56,6 +56,12 @@ def _parts(ev: Elements, arg: Any, node: fx.Node, dims: Position) -> tuple[Expr,
     return ev.operand(arg, node, (*dims, "re")), ev.const(0)
 
 
+@handles(aten._conj.default, aten.conj_physical.default)
+def _conj(ev: Elements, node: fx.Node, idx: Position) -> Expr:
+    value = ev.at(node.args[0], idx)
+    return ev.make("neg", value) if is_complex(node) and idx[-1] == "im" else value
+
+
 @handles(aten.addcmul.default)
 def _addcmul(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
     if is_complex(node):

@@ -86,6 +86,8 @@ def real_part(node: fx.Node, part: str, make: Callable[[Any, tuple[Any, ...]], f
             a, b = b, a
         if isinstance(a, fx.Node) and is_complex(a) and not (isinstance(b, fx.Node) and is_complex(b)):
             return make(aten.mul.Tensor, (real_part(a, part, make), b))
+    if node.meta["val"].is_conj():  # what a backward pass is given: only a copy can be viewed
+        node = make(aten.clone.default, (node,))
     return make(aten.select.int, (make(aten.view_as_real.default, (node,)), -1, int(part == "im")))
 
 

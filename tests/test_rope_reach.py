@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from braze.backend import collect
 from braze.kernels.spec import RopeSpec
 from braze.passes import rope
 from braze.passes.elements import Sizes
@@ -183,3 +184,32 @@ def test_a_tower_of_pictures(name: str) -> None:
     assert [f.form for f in fused.findings if f.kind == "rope"] == forms, fused.reasons
     with torch.no_grad():
         assert_close(got, run(picture.double(), tiny.as_float64(model)), 1e-5)
+
+
+# ----------------------------------------------------------------------------------------------- complex conjugates
+
+
+def by_complex(x: Tensor, table: Tensor) -> Tensor:
+    z = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(z * table).flatten(-2)
+
+
+def test_a_conjugated_table_turns_back() -> None:
+    x, a = normal(1, 2, S, D), normal(S, D // 2, seed=1)
+    fused = Fused(lambda x, c, s: by_complex(x, torch.complex(c, s).conj()))
+    got = fused(x, a.cos(), a.sin())
+    assert [f.form for f in fused.findings] == ["interleaved"], fused.reasons
+    assert_close(by_complex(got.double(), torch.polar(torch.ones_like(a), a).to(torch.complex128)), x.double(), 1e-6)
+
+
+def test_the_backward_pass_of_a_complex_rotation_is_one() -> None:
+    """It is given the conjugated table itself, of which there is no view."""
+    a, grads = normal(S, D // 2, seed=1), []
+    with collect() as reports, torch._inductor.config.patch(force_disable_caches=True):
+        for dtype, backend in ((torch.float32, "braze"), (torch.float64, "eager")):
+            x = normal(1, 2, S, D).to(dtype).requires_grad_()
+            table = torch.polar(torch.ones_like(a), a).to(dtype.to_complex())
+            torch.compile(by_complex, backend=backend)(x, table).pow(3).sum().backward()
+            grads.append(x.grad)
+    assert [s.kind for r in reports for s in r.sites] == ["rope", "rope"] and not any(r.errors for r in reports)
+    assert_close(*grads, 1e-5)
