@@ -8,7 +8,7 @@ experts, the dispatch is only a way to say the same rows. The proof (braze.passe
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,8 +55,22 @@ def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[MoeSite], list[NearMiss]]:
     misses = [
         m for m in misses if m.root not in firsts
     ]  # a block's first product, taken for the second of what is before it
+    misses += _unread(graph, firsts | {n.name for n in seconds} | {m.root for m in misses})
     loops, loop_misses = unrolled.find(graph, sizes)
     return sites + loops, misses + loop_misses
+
+
+def _unread(graph: fx.Graph, told: Collection[str]) -> list[NearMiss]:
+    """Grouped products of the same rows, one computed from the other, of which nothing is told yet."""
+    misses = []
+    grouped = [n for n in graph.nodes if products.is_grouped(n) and n.name not in told]
+    for second in grouped:
+        ends = second.all_input_nodes[-1]
+        alike = [n for n in grouped if n < second and n.all_input_nodes[-1] is ends and n in _ancestors(second, n)]
+        if alike:
+            reason = f"no function of one row's elements, as far as it is understood, leads from {alike[0].name} to it"
+            misses.append(NearMiss("moe", second.name, "find", reason, source_line([second])))
+    return misses
 
 
 def _pair(second: fx.Node, ev: Elements) -> Pair | None:

@@ -328,6 +328,14 @@ def a_row_kept(m: Layer, x: Tensor) -> Tensor:
     return (out.view(-1, K, H) * weights.unsqueeze(-1)).sum(1)
 
 
+def by_a_strange_function(m: Layer, x: Tensor) -> Tensor:
+    """Of which no recogniser has heard: that the products belong together is told all the same."""
+    weights, ids = m.route(x)
+    perm, ends = sort(ids)
+    y = grouped(torch.atan(grouped(x[perm // K], m.gate, ends)), m.down, ends).to(x.dtype)
+    return torch.zeros_like(x).index_add(0, perm // K, y * weights.flatten()[perm].unsqueeze(1))
+
+
 def root_of_added(m: Layer, x: Tensor) -> Tensor:
     """A function of added weights, which ids that are alike would make another one than the sum of the functions."""
     weights, ids = m.route(x)
@@ -350,6 +358,7 @@ REFUSED: dict[Style, str] = {
     put_back_in_reverse: "not linear in the second product's rows",
     a_row_kept: "not linear in the second product's rows",
     root_of_added: "no top-k",
+    by_a_strange_function: "no function of one row's elements",
 }
 
 
