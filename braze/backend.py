@@ -67,12 +67,16 @@ def _leave(graph: fx.Graph, options: Options, message: str) -> None:
         raise RequirementError(f"braze fused no {' and no '.join(options.require)}: {message}")
 
 
-def _tell(report: GraphReport) -> None:
+def _count(report: GraphReport, by: int) -> None:
     counters = torch._dynamo.utils.counters["braze"]
     for finding in report.sites:
-        counters[finding.kind] += 1
-    counters["near_miss"] += len(report.near_misses)
-    counters["error"] += len(report.errors)
+        counters[finding.kind] += by
+    counters["near_miss"] += by * len(report.near_misses)
+    counters["error"] += by * len(report.errors)
+
+
+def _tell(report: GraphReport) -> None:
+    _count(report, 1)
     for reports in _listeners:
         reports.append(report)
     if report.sites:
@@ -89,8 +93,7 @@ def _tell(report: GraphReport) -> None:
 def _retract(told: Sequence[GraphReport]) -> None:
     """Takes back reports of graphs that are not compiled as they say."""
     for report in told:
-        for finding in report.sites:
-            torch._dynamo.utils.counters["braze"][finding.kind] -= 1
+        _count(report, -1)
         for reports in _listeners:
             reports.remove(report)
 

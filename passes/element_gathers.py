@@ -63,14 +63,19 @@ def _permutation(ev: Elements, sort: fx.Node, r: Any) -> Expr:
 
 
 def _inverse(ev: Elements, perm: fx.Node, s: Any) -> Expr | None:
-    """The position r with perm[r] = s, where perm holds a permutation made by a sort."""
-    if len(ev.shape(perm)) != 1:
+    """The position r with perm[r] = s, where perm holds a permutation made by a sort, perhaps repeated for every column."""
+    shape = ev.shape(perm)
+    return _place(ev, ev.indices.at(perm, (0,) * len(shape)), shape[0], s)
+
+
+def _place(ev: Elements, first: Expr, rows: int, s: Any) -> Expr | None:
+    """The position that has s in a sort's permutation of `rows` rows, which begins with `first`; None where it is none."""
+    if first.op != "load" or not is_sort(first.args[0]) or first.args[1] != (0,):
         return None
-    probe = ev.indices.at(perm, (0,))
-    whole = probe.op == "load" and is_sort(probe.args[0]) and probe.args[1] == (0,)
-    if whole and ev.shape(tensor_of(probe.args[0].args[0])) == ev.shape(perm):
-        return ev.make("inverse", ev.load(probe.args[0], ()), s if isinstance(s, Expr) else ev.const(s))
-    return None
+    sort = first.args[0]
+    if ev.shape(tensor_of(sort.args[0])) != (rows,):
+        return None
+    return ev.make("inverse", ev.load(sort, ()), s if isinstance(s, Expr) else ev.const(s))
 
 
 def is_sort(node: fx.Node) -> bool:
@@ -92,15 +97,16 @@ def _index_put(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
         return None
     if argument(node, 3, "accumulate", False):
         return _sum_at(ev, base, where[0], values, idx)  # type: ignore[index]
-    return _overwritten(ev, where[0], base, values, idx)  # type: ignore[index]
+    perm: Any = where[0]  # type: ignore[index]
+    return _overwritten(ev, perm, base, values, idx) if len(ev.shape(perm)) == 1 else None
 
 
-def _overwritten(ev: Elements, perm: Any, base: Any, values: Any, idx: Position) -> Expr | None:
+def _overwritten(ev: Elements, perm: fx.Node, base: Any, values: Any, idx: Position) -> Expr | None:
     """The element at idx of `base`, all of whose rows are overwritten with `values` at `perm`."""
     if len(idx) == 1:
         return _inverse_of(ev, perm, base, values, idx)
     shape = ev.shape(tensor_of(base))
-    if not isinstance(perm, fx.Node) or ev.shape(perm) != shape[:1] or ev.shape(tensor_of(values)) != shape:
+    if ev.shape(perm)[0] != shape[0] or ev.shape(tensor_of(values)) != shape:
         return None
     row = _inverse(ev, perm, idx[0])
     return None if row is None else ev.at(values, (row, *idx[1:]))
@@ -144,13 +150,13 @@ def _sum_at(ev: Elements, base: Any, where: Any, values: Any, idx: Position) -> 
         if probe.op != "floordiv" or probe.args[1].const != count:
             return None
         probe = probe.args[0]
-    if probe.op != "load" or not is_sort(probe.args[0]) or ev.shape(tensor_of(probe.args[0].args[0])) != (rows,):
-        return None
     total = ev.indices.at(base, idx)
     total = ev.at(base, idx) if total.const is None else total
     for j in range(count):
         place = ev.i_add(ev.i_mul(idx[0], count), j)
-        row = ev.make("inverse", ev.load(probe.args[0], ()), place if isinstance(place, Expr) else ev.const(place))
+        row = _place(ev, probe, rows, place)
+        if row is None:
+            return None
         total = ev.make("add", total, ev.at(values, (row, *idx[1:])))
     return total
 
@@ -159,16 +165,8 @@ def _sum_at(ev: Elements, base: Any, where: Any, values: Any, idx: Position) -> 
 def _scatter(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
     """out[perm] = iota of one dimension, or rows at a column of indices, as above; any other scatter is a leaf."""
     base, _, perm, values = node.args[:4]
-    if len(idx) == 1:
-        return _inverse_of(ev, perm, base, values, idx)
-    return _overwritten(ev, _column(perm), base, values, idx) if _one_a_row(ev, node) else None
-
-
-def _column(where: Any) -> Any:
-    """What a column of indices was before it was repeated for every column."""
-    while where.target in (aten.expand.default, aten.unsqueeze.default, aten.reshape.default, aten.view.default):
-        where = where.args[0]
-    return where
+    rows = len(idx) == 1 or _one_a_row(ev, node)
+    return _overwritten(ev, perm, base, values, idx) if rows else None  # type: ignore[arg-type]
 
 
 #: More integers a row than this, scattered, make a leaf.

@@ -15,15 +15,23 @@ from braze.lowering.inductor import no_modes
 from braze.passes import pipeline
 
 
-def compiled_by(inner: Callable[[fx.GraphModule], None]) -> Callable[..., Any]:
-    """A backend that hands each functional, decomposed graph to `inner`, then interprets it."""
+def compiled_by(
+    inner: Callable[[fx.GraphModule], None],
+    called: Callable[[fx.GraphModule, tuple[Any, ...]], None] = lambda gm, args: None,
+) -> Callable[..., Any]:
+    """A backend that hands each functional, decomposed graph to `inner`, then interprets it. called: at each of its calls."""
 
     def run(gm: fx.GraphModule, example_inputs: Any, **_: Any) -> Callable[..., Any]:
         for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
             node.target = torch.ops.aten.reshape.default  # as Inductor does first: strides are not fixed yet
         inner(gm)
         gm.recompile()
-        return make_boxed_func(gm.forward)  # type: ignore[no-any-return]
+
+        def forward(*args: Any) -> Any:
+            called(gm, args)
+            return gm.forward(*args)
+
+        return make_boxed_func(forward)  # type: ignore[no-any-return]
 
     def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
         return compile_fx(gm, example_inputs, inner_compile=run)

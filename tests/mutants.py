@@ -10,10 +10,10 @@ from random import Random
 from typing import Any
 
 import torch
-from functorch.compile import make_boxed_func
 from torch import Tensor, fx
-from torch._inductor.compile_fx import compile_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from tests.harness import compiled_by
 
 aten = torch.ops.aten
 RINGS: tuple[tuple[Any, ...], ...] = (
@@ -35,20 +35,10 @@ def grab(model: Callable[..., Any], *inputs: Any, **settings: Any) -> tuple[fx.G
     """The last graph of one call of `model` as the passes see it, and what it was called with."""
     found: list[tuple[fx.GraphModule, list[Any]]] = []
 
-    def inner(gm: fx.GraphModule, example_inputs: Any, **_: Any) -> Any:
-        for node in gm.graph.find_nodes(op="call_function", target=aten.view.default):
-            node.target = aten.reshape.default
-        gm.recompile()
-
-        def run(*args: Any) -> Any:
-            found.append((gm, list(args)))
-            return gm.forward(*args)
-
-        return make_boxed_func(run)
-
+    backend = compiled_by(lambda gm: None, lambda gm, args: found.append((gm, list(args))))
     torch._dynamo.reset()
     with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
-        torch.compile(model, backend=lambda gm, given: compile_fx(gm, given, inner_compile=inner))(*inputs, **settings)
+        torch.compile(model, backend=backend)(*inputs, **settings)
     return found[-1]
 
 
@@ -94,11 +84,10 @@ def _propagate(gm: fx.GraphModule) -> None:
 
 
 def _number(node: fx.Node, rng: Random) -> str | None:
-    places = [p for p, _ in _numbers(node.args, ())]
+    places = list(_numbers(node.args, ()))
     if not places:
         return None
-    place = rng.choice(places)
-    old = dict(_numbers(node.args, ()))[place]
+    place, old = rng.choice(places)
     if isinstance(old, bool):
         new: Any = not old
     else:

@@ -63,6 +63,21 @@ def grouped(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     return torch._grouped_mm(x.bfloat16(), w.bfloat16().transpose(1, 2), offs=ends)
 
 
+def sorted_rows(m: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(results of the rows by expert, the permutation, weights)."""
+    weights, ids = m.route(x)
+    perm, ends = sort(ids)
+    gate, up = grouped(x[perm // K], torch.cat((m.gate, m.up), 1), ends).chunk(2, -1)
+    return grouped(silu(gate) * up, m.down, ends).to(x.dtype), perm, weights
+
+
+def batched(m: Layer, x: Tensor, scores: Tensor) -> Tensor:
+    """All experts in batched products, weighted by scores [T, E]."""
+    rows = x.expand(E, *x.shape)
+    g = silu(torch.bmm(rows, m.gate.transpose(1, 2))) * torch.bmm(rows, m.up.transpose(1, 2))
+    return (torch.bmm(g, m.down.transpose(1, 2)) * scores.t()[..., None]).sum(0)
+
+
 # ------------------------------------------------------------------------------------------------------ the styles
 
 
@@ -101,9 +116,7 @@ def batched_three(m: Layer, x: Tensor) -> Tensor:
     """All experts in batched products, down stored [in, out] beside gate and up [out, in]."""
     weights, ids = m.route(x)
     scores = torch.zeros(x.shape[0], E, dtype=x.dtype).scatter(1, ids, weights)
-    rows = x.expand(E, *x.shape)
-    g = silu(torch.bmm(rows, m.gate.transpose(1, 2))) * torch.bmm(rows, m.up.transpose(1, 2))
-    return (torch.bmm(g, m.down.transpose(1, 2)) * scores.t()[..., None]).sum(0)
+    return batched(m, x, scores)
 
 
 def sorted_scattered(m: Layer, x: Tensor) -> Tensor:
@@ -119,19 +132,8 @@ def sorted_scattered(m: Layer, x: Tensor) -> Tensor:
 
 def sorted_added(m: Layer, x: Tensor) -> Tensor:
     """Gate and up in one product of sorted rows; index_add."""
-    weights, ids = m.route(x)
-    perm, ends = sort(ids)
-    gate, up = grouped(x[perm // K], torch.cat((m.gate, m.up), 1), ends).chunk(2, -1)
-    y = grouped(silu(gate) * up, m.down, ends).to(x.dtype)
+    y, perm, weights = sorted_rows(m, x)
     return torch.zeros_like(x).index_add(0, perm // K, y * weights.flatten()[perm].unsqueeze(1))
-
-
-def sorted_rows(m: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(results of the rows by expert, the permutation, weights)."""
-    weights, ids = m.route(x)
-    perm, ends = sort(ids)
-    gate, up = grouped(x[perm // K], torch.cat((m.gate, m.up), 1), ends).chunk(2, -1)
-    return grouped(silu(gate) * up, m.down, ends).to(x.dtype), perm, weights
 
 
 def sorted_put_back(m: Layer, x: Tensor) -> Tensor:
@@ -153,9 +155,7 @@ def scores_added(m: Layer, x: Tensor) -> Tensor:
     """All experts in batched products, weights added up into scores."""
     weights, ids = m.route(x)
     scores = torch.zeros(x.shape[0], E, dtype=x.dtype).scatter_add(1, ids, weights)
-    rows = x.expand(E, *x.shape)
-    g = silu(torch.bmm(rows, m.gate.transpose(1, 2))) * torch.bmm(rows, m.up.transpose(1, 2))
-    return (torch.bmm(g, m.down.transpose(1, 2)) * scores.t()[..., None]).sum(0)
+    return batched(m, x, scores)
 
 
 def in_two_orders(m: Layer, x: Tensor) -> Tensor:
@@ -278,37 +278,25 @@ def gate_returned(m: Layer, x: Tensor) -> Tensor:
 
 def added_at_rows(m: Layer, x: Tensor) -> Tensor:
     """Rows are added up as if the tokens' slots were apart."""
-    weights, ids = m.route(x)
-    perm, ends = sort(ids)
-    gate, up = grouped(x[perm // K], torch.cat((m.gate, m.up), 1), ends).chunk(2, -1)
-    y = grouped(silu(gate) * up, m.down, ends).to(x.dtype)
+    y, perm, weights = sorted_rows(m, x)
     return torch.zeros_like(x).index_add(0, perm % x.shape[0], y * weights.flatten()[perm].unsqueeze(1))
 
 
 def added_in_order(m: Layer, x: Tensor) -> Tensor:
     """Rows are added up without the permutation that sorted them."""
-    weights, ids = m.route(x)
-    perm, ends = sort(ids)
-    gate, up = grouped(x[perm // K], torch.cat((m.gate, m.up), 1), ends).chunk(2, -1)
-    y = grouped(silu(gate) * up, m.down, ends).to(x.dtype)
+    y, perm, weights = sorted_rows(m, x)
     return torch.zeros_like(x).index_add(0, torch.arange(T * K) // K, y * weights.flatten()[perm].unsqueeze(1))
 
 
 def added_to_something(m: Layer, x: Tensor) -> Tensor:
     """The rows' sum begins with a multiple of the tokens, which no op of experts has a place for."""
-    weights, ids = m.route(x)
-    perm, ends = sort(ids)
-    gate, up = grouped(x[perm // K], torch.cat((m.gate, m.up), 1), ends).chunk(2, -1)
-    y = grouped(silu(gate) * up, m.down, ends).to(x.dtype)
+    y, perm, weights = sorted_rows(m, x)
     return (2 * x).index_add(0, perm // K, y * weights.flatten()[perm].unsqueeze(1))
 
 
 def another_router(m: Layer, x: Tensor) -> Tensor:
     """Ids and weights of two choices."""
-    weights, ids = m.route(x)
-    perm, ends = sort(ids)
-    gate, up = grouped(x[perm // K], torch.cat((m.gate, m.up), 1), ends).chunk(2, -1)
-    y = grouped(silu(gate) * up, m.down, ends).to(x.dtype)
+    y, perm, weights = sorted_rows(m, x)
     other = m.route(x.flip(1))[1].flatten().argsort(stable=True)
     return torch.zeros_like(x).index_add(0, perm // K, y * weights.flatten()[other].unsqueeze(1))
 
@@ -340,9 +328,7 @@ def root_of_added(m: Layer, x: Tensor) -> Tensor:
     """A function of added weights, which ids that are alike would make another one than the sum of the functions."""
     weights, ids = m.route(x)
     scores = torch.zeros(x.shape[0], E, dtype=x.dtype).scatter_add(1, ids, weights).sqrt()
-    rows = x.expand(E, *x.shape)
-    g = silu(torch.bmm(rows, m.gate.transpose(1, 2))) * torch.bmm(rows, m.up.transpose(1, 2))
-    return (torch.bmm(g, m.down.transpose(1, 2)) * scores.t()[..., None]).sum(0)
+    return batched(m, x, scores)
 
 
 REFUSED: dict[Style, str] = {

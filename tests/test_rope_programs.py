@@ -16,15 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from tests.rope_graphs import compare, half
+
 HIDDEN, ROOM = 24, 16
 Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    rotary = cos.shape[-1]
-    turned, rest = x[..., :rotary], x[..., rotary:]
-    a, b = turned.chunk(2, -1)
-    return torch.cat((turned * cos + torch.cat((-b, a), -1) * sin, rest), -1)
 
 
 def interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -154,22 +149,12 @@ def programs(draw: st.DrawFn) -> Program:
     )  # fmt: skip
 
 
-def copies(inputs: list[Tensor], exact: bool) -> list[Tensor]:
-    return [t.double().clone() if exact and t.is_floating_point() else t.clone() for t in inputs]
-
-
 @pytest.mark.parametrize("number", range(4))
 def test_whatever_a_graph_does_with_q_and_k(number: int) -> None:
     @seed(number)
     @settings(max_examples=6, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(programs())
     def check(program: Program) -> None:
-        exact, ours = copies(program.inputs(), exact=True), copies(program.inputs(), exact=False)
-        expected = program(*exact)
-        torch._dynamo.reset()
-        with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
-            got = torch.compile(lambda *a: program(*a), backend="braze", options={"strict": True})(*ours)
-        for a, b in zip((*got, *ours), (*expected, *exact), strict=True):
-            torch.testing.assert_close(a.double(), b.double(), rtol=2e-5, atol=2e-5)
+        compare(program, tuple(program.inputs()), lambda f: torch.compile(f, backend="braze", options={"strict": True}))
 
     check()

@@ -177,9 +177,6 @@ LANES = 16  # of an XPU's warp
 HELD = 32  # elements of a kernel's largest tile that each of them holds without a spill
 
 
-MOST = 32 * LANES * HELD  # elements that a work group holds
-
-
 def spread(x: Tensor, elements: int, warps: int) -> int:
     """Warps for a kernel whose largest tile has so many elements of 32 bits: on an XPU more than given where it would spill."""
     if platform(x.device) != "xpu":

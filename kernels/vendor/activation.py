@@ -29,8 +29,7 @@ def same(a: str, b: str) -> bool:
 def _values(text: str) -> tuple[float, ...]:
     own = {
         "sigmoid": lambda x: 0.5 + 0.5 * math.tanh(0.5 * x),
-        "where_gt": lambda x, y, a, b: a if x > y else b,
-        "where_ge": lambda x, y, a, b: a if x >= y else b,
+        **{name: expression.TORCH[name] for name in ("where_gt", "where_ge")},  # of plain numbers too
     }
     function = sympy.lambdify((expression.g, expression.u), expression.parse(text), modules=[own, "math"])
     return tuple(float(function(g, u)) for g, u in itertools.product(GRID, GRID))
