@@ -92,8 +92,8 @@ def growth(cells: Rows) -> str:
     )
 
 
-def mean(ratios: Sequence[float]) -> str:
-    return f"{statistics.geometric_mean(ratios):.2f}x (geomean of {len(ratios)} cells), worst {min(ratios):.2f}x"
+def mean(ratios: Sequence[float], worst: Callable[..., float] = min) -> str:
+    return f"{statistics.geometric_mean(ratios):.2f}x (geomean of {len(ratios)} cells), worst {worst(ratios):.2f}x"
 
 
 def rope(cells: Rows) -> str:
@@ -208,6 +208,32 @@ def beside(cells: Rows) -> str:
     )
 
 
+def stored(cells: Rows) -> str:
+    """The experts' kernels on a GPU with weights stored in several ways."""
+    ways = ("apart", "separate", "in_turn")
+    rows = [
+        (
+            c["shape"],
+            c["tokens"],
+            f"{c['stacked']:.1f}",
+            *(f"{c[way]:.1f} ({c[way] / c['stacked']:.2f})" for way in ways),
+        )
+        for c in cells
+    ]
+    return "\n".join(
+        (
+            "## Experts' kernels on an H100, by how weights are stored\n",
+            "`benchmarks/moe_stored.py`: one run, replays in turn; in brackets the time over that of stacked weights. apart:",
+            "gate and up are two tensors; separate: gate, up and down of each expert are, found by a table of addresses, whose",
+            "copy to the device is in the time; in turn: the same, one expert after the other, calls without a graph.\n",
+            *(f"- {way.replace('_', ' ')}: {mean([c[way] / c['stacked'] for c in cells], max)}" for way in ways),
+            "",
+            table(("experts", "tokens", "stacked us", "apart us", "separate us", "in turn us"), rows),
+            "",
+        )
+    )
+
+
 def untuned(cells: Rows) -> str:
     """Tiles that the model of their cost chooses beside tuned ones."""
     rows = [
@@ -277,6 +303,7 @@ def compile_time(cells: Rows) -> str:
 SECTIONS: Mapping[str, Callable[[Any], str]] = {
     "moe_h100": peers,
     "moe_beside_h100": beside,
+    "moe_stored_h100": stored,
     "untuned_h100": untuned,
     "layers_h100": layers,
     "rope_h100": rope,
