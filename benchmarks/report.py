@@ -67,6 +67,29 @@ def cpu(cells: Rows, machine: str) -> str:
     )
 
 
+def loops(cells: Rows, machine: str) -> str:
+    """Layers with loops over a list of modules."""
+    rows = []
+    for c in cells:
+        best = min(c["eager"], c["stock"]) / min(c["braze"], c["graph"] or c["braze"])
+        graph = f"{c['graph']:.3f}" if c["graph"] else ""
+        rows.append(
+            (c["shape"], c["tokens"], *(f"{c[way]:.3f}" for way in ("eager", "stock", "braze")), graph, f"{best:.2f}")
+        )
+    header = ("layer", "tokens", "eager ms", "stock ms", "braze ms", "in a CUDA graph ms", "best of the others / braze")
+    return "\n".join(
+        (
+            f"## Layers with a loop over a list of experts, on {machine}\n",
+            "`benchmarks/loops.py`: router and loop in one forward, as models were written before transformers 5, bfloat16;",
+            "whole calls in turn, the host's time included. stock: torch.compile, which breaks its graph in the loop; braze:",
+            '`braze.fuse`, in a CUDA graph with mode="reduce-overhead".\n',
+            f"- {mean([float(r[-1]) for r in rows])}\n",
+            table(header, rows),
+            "",
+        )
+    )
+
+
 def growth(cells: Rows) -> str:
     """One expert layer on CPU over tokens and over experts."""
     rows = [
@@ -311,6 +334,8 @@ SECTIONS: Mapping[str, Callable[[Any], str]] = {
     "cpu": partial(cpu, machine="two cores of an AMD EPYC with AVX-512"),
     "cpu_mlp": partial(cpu, machine="the same cores: one that every token has, a dense MLP"),
     "cpu_amx": partial(cpu, machine="16 cores of an Intel Xeon with AMX"),
+    "loops_h100": partial(loops, machine="an H100"),
+    "loops_cpu": partial(loops, machine="two cores of an AMD EPYC with AVX-512"),
     "growth": growth,
     "compile_time": compile_time,
 }

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import braze
 from braze.backend import _tell_break, collect
-from braze.loops import KeepsLoop, is_loop, unlooped, without_loops
+from braze.loops import is_loop, without_loops
 from braze.unlooped import Unlooped
+from braze.unlooping import KeepsLoop, unlooped
 from tests.families import build, inputs
 from tests.harness import Fused, assert_close
 
