@@ -331,11 +331,15 @@ def _compared_as(module: nn.Module, made: Routed, choice: Choice) -> Routed:
         result = made.of(module).compute(x)
     got = [result] if isinstance(result, Tensor) else [t for t in result if t is not None]
     for a, b in zip(got, wanted, strict=True):
-        scale = float(b.abs().max())
-        error = float((a.double() - b.double()).abs().max()) / (scale or 1.0)
-        if a.shape != b.shape or a.dtype != b.dtype or not scale or not error <= _tolerance(like.dtype, narrow.seen):
+        error = _difference(a, b)
+        if (a.shape, a.dtype) != (b.shape, b.dtype) or not error <= _tolerance(like.dtype, narrow.seen):
             raise KeepsLoop(f"without it the result is another (relative difference {error:.1e})")
     return made
+
+
+def _difference(got: Tensor, expected: Tensor) -> float:
+    """Relative to all of it, not a number where it is zero: 16 bits round single elements by more than all together."""
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
 def _batched(result: Tensor, x: Tensor) -> bool:
@@ -346,7 +350,9 @@ def _batched(result: Tensor, x: Tensor) -> bool:
 
 def _tolerance(dtype: torch.dtype, narrow: bool) -> float:
     """Of the relative difference. narrow: parts of the layer are computed in float32 whatever it is given."""
-    return 16 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-6 if narrow else 1e-9
+    if dtype == torch.float64:
+        return 1e-6 if narrow else 1e-9
+    return (2 if dtype.itemsize < 4 else 16) * torch.finfo(dtype).eps
 
 
 class _Narrow(TorchDispatchMode):  # type: ignore[misc]

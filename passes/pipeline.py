@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import fx
 
-from braze.passes import experts, mlp, norm, proof, rope, routers, splits
+from braze.passes import experts, mlp, norm, padding, proof, rope, routers, splits
 from braze.passes.elements import Sizes
 from braze.passes.proofs import Proofs
 from braze.passes.rewrite import clean, rewrite, rewrite_norm, source_nodes
@@ -79,6 +79,13 @@ def _without_collections() -> Iterator[None]:
 
 
 def _run(graph: fx.Graph, disable: Collection[Kind], strict: bool, result: Result) -> None:
+    padded: list[padding.Padded] = _guarded(partial(padding.unpad, graph), "padded products", [], strict, result)
+    _find(graph, disable, strict, result)
+    _guarded(partial(padding.pad_again, padded), "padded products", None, strict, result)
+    _clean(graph, result)
+
+
+def _find(graph: fx.Graph, disable: Collection[Kind], strict: bool, result: Result) -> None:
     if "moe" not in disable:
         _guarded(partial(splits.group, graph), "products of split rows", 0, strict, result)
     prove = Proofs(graph)
@@ -94,7 +101,6 @@ def _run(graph: fx.Graph, disable: Collection[Kind], strict: bool, result: Resul
         result.calls[done:] = reversed(result.calls[done:])
         _clean(graph, result)  # what fused sites leave behind would look like other uses to the next kind
     _guarded(partial(_join_norms, result, prove), "norms before rotations", None, strict, result)
-    _clean(graph, result)
 
 
 def _clean(graph: fx.Graph, result: Result) -> None:
