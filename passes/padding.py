@@ -47,14 +47,14 @@ def pad_again(padded: Sequence[Padded]) -> None:
             _pad(p)
 
 
-def _without(product: fx.Node) -> Padded | None:
+def _without(product: Any) -> Padded | None:
     places = _FACTORS[product.target]
     (a, a_pad), (b, b_pad) = (_unpadded(product.args[i]) for i in places)
     if not any((*a_pad, *b_pad)) or a_pad[1] != b_pad[3] or any((*a_pad[4:], *b_pad[4:])):
         return None
     size = [a.meta["val"].shape[-2], b.meta["val"].shape[-1]]
     cuts: list[tuple[Any, ...]] = []
-    last = product
+    last: Any = product
     while list(last.meta["val"].shape[-2:]) != size:
         user = next(iter(last.users), None)
         if len(last.users) != 1 or user is None or user.target is not aten.slice.Tensor or len(cuts) == 2:
@@ -63,11 +63,12 @@ def _without(product: fx.Node) -> Padded | None:
         last = user
     if any(cut[1:2] not in ((0,), (None,)) or cut[3:] not in ((), (1,)) for cut in cuts):
         return None
-    args, zeros = list(product.args), None
+    args: list[Any] = list(product.args)
+    zeros = None
     for place, factor in zip(places, (a, b), strict=True):
         args[place] = factor
     if product.target is aten.addmm.default and args[0].meta["val"].shape[-1] not in (1, size[1]):
-        parts = args[0].args[0] if args[0].target is aten.cat.default and args[0].meta["val"].ndim == 1 else ()
+        parts: Any = args[0].args[0] if args[0].target is aten.cat.default and args[0].meta["val"].ndim == 1 else ()
         if len(parts) != 2 or parts[0].meta["val"].shape[0] != size[1] or not _zero(parts[1]):
             return None
         args[0], zeros = parts[0], (parts[1].args, dict(parts[1].kwargs))
@@ -77,7 +78,7 @@ def _without(product: fx.Node) -> Padded | None:
 
 
 def _zero(node: fx.Node) -> bool:
-    return node.target is aten.full.default and node.args[1] == 0
+    return node.target is aten.full.default and bool(node.args[1] == 0)
 
 
 def _unpadded(factor: Any) -> tuple[fx.Node, Sequence[int]]:
@@ -93,7 +94,7 @@ def _unpadded(factor: Any) -> tuple[fx.Node, Sequence[int]]:
 
 
 def _pad(p: Padded) -> None:
-    product = p.product
+    product: Any = p.product
     args: list[Any] = list(product.args)
     for place, pad in zip(_FACTORS[product.target], p.pads, strict=True):
         if any(pad):
