@@ -41,10 +41,11 @@ def collect() -> Iterator[list[GraphReport]]:
         _listeners.remove(reports)
 
 
-def fuse_graph(graph: fx.Graph, options: Options) -> GraphReport:
-    """Runs passes and lowering over one post-grad graph in place; RequirementError where a required kind is missing."""
+def fuse_graph(graph: fx.Graph, options: Options, guards: bool = True) -> GraphReport:
+    """Runs passes and lowering over one post-grad graph in place; RequirementError where a required kind is missing. guards:
+    whether what was compiled is guarded, so that symbolic numbers may be fixed."""
     nodes = len(graph.nodes)
-    result = pipeline.run(graph, options.disable, options.strict)
+    result = pipeline.run(graph, options.disable, options.strict, guards)
     choices = lower([call for call, _ in result.calls], options.kernel)
     findings = [
         replace(finding, kernel=kernel, why=why)

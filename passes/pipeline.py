@@ -20,6 +20,7 @@ from braze.passes import experts, mlp, norm, proof, rope, routers, splits
 from braze.passes.elements import Sizes
 from braze.passes.proofs import Proofs
 from braze.passes.rewrite import clean, rewrite, rewrite_norm, source_nodes
+from braze.passes.settle import settle
 from braze.passes.sites import (
     Finding,
     Kind,
@@ -55,13 +56,13 @@ _RECOGNISERS: tuple[tuple[Kind, Recogniser], ...] = (
 )
 
 
-def run(graph: fx.Graph, disable: Collection[Kind] = (), strict: bool = False) -> Result:
+def run(graph: fx.Graph, disable: Collection[Kind] = (), strict: bool = False, guards: bool = True) -> Result:
     """Rewrites every proven site of `graph` in place. An exception inside braze is logged, counted and swallowed, and
-    leaves its site unfused; with `strict` it is raised."""
+    leaves its site unfused; with `strict` it is raised. guards: whether symbolic numbers may be fixed (`settle`)."""
     result = Result()
     began = time.perf_counter()
     with _without_collections():
-        _run(graph, disable, strict, result)
+        _run(graph, disable, strict, guards, result)
     result.seconds = time.perf_counter() - began
     return result
 
@@ -78,10 +79,22 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _run(graph: fx.Graph, disable: Collection[Kind], strict: bool, result: Result) -> None:
+def _run(graph: fx.Graph, disable: Collection[Kind], strict: bool, guards: bool, result: Result) -> None:
     if "moe" not in disable:
         _guarded(partial(splits.group, graph), "products of split rows", 0, strict, result)
+
+    def look(copy: fx.Graph, needs: Callable[[Site], None]) -> None:
+        _fuse_all(copy, disable, strict, Result(), Proofs(copy, needs))
+
+    if guards:
+        _guarded(partial(settle, graph, look), "symbolic numbers", 0, strict, result)
     prove = Proofs(graph)
+    _fuse_all(graph, disable, strict, result, prove)
+    _guarded(partial(_join_norms, result, prove), "norms before rotations", None, strict, result)
+    _clean(graph, result)
+
+
+def _fuse_all(graph: fx.Graph, disable: Collection[Kind], strict: bool, result: Result, prove: Proofs) -> None:
     for kind, find in _RECOGNISERS:
         if kind in disable:
             continue
@@ -93,8 +106,6 @@ def _run(graph: fx.Graph, disable: Collection[Kind], strict: bool, result: Resul
             _guarded(fuse, f"{kind} at {site.root.name}", None, strict, result)
         result.calls[done:] = reversed(result.calls[done:])
         _clean(graph, result)  # what fused sites leave behind would look like other uses to the next kind
-    _guarded(partial(_join_norms, result, prove), "norms before rotations", None, strict, result)
-    _clean(graph, result)
 
 
 def _clean(graph: fx.Graph, result: Result) -> None:
