@@ -9,7 +9,7 @@ import contextlib
 import gc
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -39,12 +39,14 @@ log = logging.getLogger("braze")
 
 @dataclass
 class Result:
-    """What the passes did to a graph: the new calls with their findings, near misses, and errors inside braze."""
+    """What the passes did to a graph: the new calls with their findings, near misses, and errors inside braze. floats: inputs
+    that sites need to know; where there are any, nothing else was done."""
 
     calls: list[tuple[fx.Node, Finding]] = field(default_factory=list)
     near_misses: list[NearMiss] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    floats: set[int] = field(default_factory=set)
 
 
 Recogniser = Callable[[fx.Graph, Sizes], tuple[Sequence[Site], list[NearMiss]]]
@@ -56,13 +58,23 @@ _RECOGNISERS: tuple[tuple[Kind, Recogniser], ...] = (
 )
 
 
-def run(graph: fx.Graph, disable: Collection[Kind] = (), strict: bool = False, guards: bool = True) -> Result:
+def run(
+    graph: fx.Graph,
+    disable: Collection[Kind] = (),
+    strict: bool = False,
+    guards: bool = True,
+    floats: Mapping[int, float] | None = None,
+) -> Result:
     """Rewrites every proven site of `graph` in place. An exception inside braze is logged, counted and swallowed, and
-    leaves its site unfused; with `strict` it is raised. guards: whether symbolic numbers may be fixed (`settle`)."""
+    leaves its site unfused; with `strict` it is raised. guards: whether symbolic numbers may be fixed (`settle`). floats: the
+    program's, by the inputs that hold them."""
     result = Result()
     began = time.perf_counter()
     with _without_collections():
-        _run(graph, disable, strict, guards, result)
+        if guards:
+            _settle(graph, disable, strict, floats or {}, result)
+        if not result.floats:
+            _run(graph, disable, strict, result)
     result.seconds = time.perf_counter() - began
     return result
 
@@ -79,22 +91,25 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _run(graph: fx.Graph, disable: Collection[Kind], strict: bool, guards: bool, result: Result) -> None:
+def _settle(
+    graph: fx.Graph, disable: Collection[Kind], strict: bool, floats: Mapping[int, float], result: Result
+) -> None:
+    def look(copy: fx.Graph, needs: Callable[[Site | NormSite], None]) -> None:
+        _run(copy, disable, strict, Result(), needs)
+
+    result.floats = _guarded(partial(settle, graph, look, floats), "symbolic numbers", set(), strict, result)
+
+
+def _run(
+    graph: fx.Graph,
+    disable: Collection[Kind],
+    strict: bool,
+    result: Result,
+    proven: Callable[[Site | NormSite], None] = lambda site: None,
+) -> None:
     if "moe" not in disable:
         _guarded(partial(splits.group, graph), "products of split rows", 0, strict, result)
-
-    def look(copy: fx.Graph, needs: Callable[[Site], None]) -> None:
-        _fuse_all(copy, disable, strict, Result(), Proofs(copy, needs))
-
-    if guards:
-        _guarded(partial(settle, graph, look), "symbolic numbers", 0, strict, result)
-    prove = Proofs(graph)
-    _fuse_all(graph, disable, strict, result, prove)
-    _guarded(partial(_join_norms, result, prove), "norms before rotations", None, strict, result)
-    _clean(graph, result)
-
-
-def _fuse_all(graph: fx.Graph, disable: Collection[Kind], strict: bool, result: Result, prove: Proofs) -> None:
+    prove = Proofs(graph, proven)
     for kind, find in _RECOGNISERS:
         if kind in disable:
             continue
@@ -106,6 +121,8 @@ def _fuse_all(graph: fx.Graph, disable: Collection[Kind], strict: bool, result: 
             _guarded(fuse, f"{kind} at {site.root.name}", None, strict, result)
         result.calls[done:] = reversed(result.calls[done:])
         _clean(graph, result)  # what fused sites leave behind would look like other uses to the next kind
+    _guarded(partial(_join_norms, result, prove), "norms before rotations", None, strict, result)
+    _clean(graph, result)
 
 
 def _clean(graph: fx.Graph, result: Result) -> None:

@@ -5,7 +5,6 @@ bindings of symbolic sizes; where these are equal, so is its outcome. Refusals a
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import fx
 
@@ -18,7 +17,7 @@ from braze.passes.twins import evaluated, subgraph
 class Proofs:
     """Proves sites of `graph` under two bindings of its symbolic sizes, where it has any. proven: told of each that holds."""
 
-    def __init__(self, graph: fx.Graph, proven: Callable[[Any], None] = lambda site: None) -> None:
+    def __init__(self, graph: fx.Graph, proven: Callable[[Site | NormSite], None] = lambda site: None) -> None:
         self.sizes = proof.bindings(graph)
         self.proven = proven
         self._known: dict[object, str] = {}

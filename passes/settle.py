@@ -6,7 +6,7 @@ is its value. What the sites found there need to know, the graph then fixes by g
 where it needs a number: a call with another one compiles anew. Numbers of tokens, which no site needs, stay symbols.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import sympy
@@ -15,37 +15,77 @@ from torch import Tensor, fx
 from torch._dynamo.source import TensorPropertySource
 from torch._guards import CompileContext
 
-from braze.passes.sites import MlpSite, MoeSite, RopeSite, Site
-from braze.passes.small import between
+from braze.passes import small
+from braze.passes.sites import MlpSite, MoeSite, NormSite, RopeSite, RouterSite, Site
 
 aten = torch.ops.aten
 #: Where the copy keeps what a node gives in the graph itself.
 _SYMBOLIC = "braze_symbolic"
 
 #: Finds and fuses all that a graph holds, and tells of each site before it is gone.
-Look = Callable[[fx.Graph, Callable[[Site], None]], None]
+Look = Callable[[fx.Graph, Callable[[Site | NormSite], None]], None]
 
 
-def settle(graph: fx.Graph, look: Look) -> int:
-    """Fixes what the sites that `look` finds in a copy of the graph need; returns how many symbols became numbers."""
-    if not any(isinstance(s, torch.SymInt) for n in graph.find_nodes(op="placeholder") for s in _sizes(n)):
-        return 0
+def settle(graph: fx.Graph, look: Look, floats: Mapping[int, float]) -> set[int]:
+    """Fixes what the sites that `look` finds in a copy of the graph need; returns which of the given floats they need.
+
+    floats: by the numbers of the inputs that hold them. They cannot be fixed in this graph: it has to be captured again.
+    """
+    inputs = graph.find_nodes(op="placeholder")
+    if not floats and not any(isinstance(s, torch.SymInt) for n in inputs for s in _sizes(n)):
+        return set()
     _with_numbers(graph, _known)  # what the program's own guards have fixed
     symbols, doubtful = _symbols(graph)
-    if not doubtful or _compiled_often():
-        return 0
+    if not (doubtful or floats) or _compiled_often():
+        return set()
     needed: set[sympy.Symbol] = set()
+    constants: set[fx.Node] = set()
 
-    def needs(site: Site) -> None:
+    def needs(site: Site | NormSite) -> None:
         needed.update(*map(free, _structure(site)))
+        constants.update(small.between(*_ends(site)))
 
-    look(_copied(graph), needs)
+    copy = _copied(graph)
+    places = _with_floats(copy, floats)
+    look(copy, needs)
+    if not constants.isdisjoint(places):
+        return {n for node, n in places.items() if node in constants}
     needed &= symbols.keys()
     for symbol in sorted(needed, key=str):
         int(symbols[symbol])  # guards
     if needed:
         _with_numbers(graph, _known)
-    return len(needed)
+    return set()
+
+
+def _with_floats(graph: fx.Graph, floats: Mapping[int, float]) -> dict[fx.Node, int]:
+    """Puts floats in the place of inputs; returns what holds which."""
+    places = {}
+    inputs = graph.find_nodes(op="placeholder")
+    for n, value in floats.items():
+        val = inputs[n].meta.get("val") if n < len(inputs) else None
+        if isinstance(val, Tensor) and val.dtype == torch.float64 and not val.ndim:
+            with graph.inserting_after(inputs[-1]):
+                number = graph.call_function(aten.full.default, ([], value), {"dtype": val.dtype, "device": val.device})
+            number.meta = dict(inputs[n].meta)
+            inputs[n].replace_all_uses_with(number)
+            places[number] = n
+    return places
+
+
+def _ends(site: Site | NormSite) -> tuple[list[fx.Node], list[fx.Node]]:
+    """What a site gives, and what it is given."""
+    if isinstance(site, RopeSite):
+        return [site.root], [site.x, site.cos, site.sin]
+    if isinstance(site, NormSite):
+        return [site.normed], [n for n in (site.source, site.weight) if n is not None]
+    if isinstance(site, RouterSite):
+        return [site.weights, site.ids], [n for n in (site.logits, site.bias) if n is not None]
+    if isinstance(site, MlpSite):
+        return [site.root], list(site.given)
+    ids = [] if site.chosen else [site.ids]
+    given = (site.x, site.w1, site.w2, site.b1, site.b2, site.values, *site.chosen, *site.given)
+    return [site.root, *ids], [*ids, *(n for n in given if n is not None)]
 
 
 def _known(size: torch.SymInt) -> int | None:
@@ -143,11 +183,11 @@ def _with_numbers(graph: fx.Graph, number: Callable[[torch.SymInt], int | None])
         node.args, node.kwargs = known if node.op != "output" else (node.args, node.kwargs)
 
 
-def _structure(site: Site) -> Iterator[Any]:
+def _structure(site: Site | NormSite) -> Iterator[Any]:
     """The sizes that are what a site is, not how much of it there is."""
     if isinstance(site, RopeSite):
         turned = {site.x}
-        for node in between([site.root], [site.x]):
+        for node in small.between([site.root], [site.x]):
             if turned.intersection(node.all_input_nodes):
                 turned.add(node)
         for node in turned:
@@ -156,10 +196,10 @@ def _structure(site: Site) -> Iterator[Any]:
         weights = (site.w1, site.w2) if isinstance(site, MoeSite) else (*site.w1, site.w2)
         yield from (size for w in weights for size in _shape(w))
         for rows in (site.x, *((site.ids, site.weights) if isinstance(site, MoeSite) else ())):
-            yield from _shape(rows)[1:]
-    else:
+            yield from _columns(rows)
+    elif isinstance(site, RouterSite):
         rows = set().union(*map(free, _shape(site.logits)[:-1]))
-        for node in (site.logits, *between([site.ids, site.weights], [site.logits])):
+        for node in (site.logits, *small.between([site.ids, site.weights], [site.logits])):
             yield from (size for size in _shape(node) if not rows & free(size))
 
 
@@ -169,3 +209,10 @@ def _shape(node: fx.Node) -> tuple[Any, ...]:
         val = node.meta[_SYMBOLIC]
         return tuple(val.shape) if isinstance(val, Tensor) else ()
     return tuple(size for n in node.all_input_nodes for size in _shape(n))
+
+
+def _columns(node: fx.Node) -> tuple[Any, ...]:
+    """How long a matrix's rows are, or those of what it is made of where a pass made it."""
+    if _SYMBOLIC in node.meta:
+        return _shape(node)[1:][-1:]
+    return tuple(size for n in node.all_input_nodes for size in _columns(n))

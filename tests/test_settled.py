@@ -1,5 +1,6 @@
 """Under dynamic=True, numbers that a find needs are fixed by guards, and numbers of tokens stay symbols."""
 
+import copy
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from braze.backend import collect
@@ -155,6 +156,49 @@ def test_experts_with_numbers_that_were_given(f: Callable[..., Tensor]) -> None:
         isinstance(n, int) for r in reports for s in r.sites for k, n in s.dims.items() if k not in ("tokens", "dtype")
     )
     assert counter.frame_count == 2
+
+
+class Clamped(nn.Module):
+    """Experts with floats of their own, as GPT-OSS has them; `gain` is behind everything that is fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha, self.limit, self.scale, self.eps = 1.702, 7.5, 2.5, 1e-5
+        self.weights = nn.ParameterList(moe_inputs()[1:])
+
+    def forward(self, x: Tensor, gain: float) -> Tensor:
+        router, w1, w2 = self.weights
+        weights, ids = (x @ router).softmax(-1).topk(2, -1)
+        weights = weights / (weights.sum(-1, keepdim=True) + self.eps) * self.scale
+        gate, up = torch.einsum("th,tkhi->tki", x, w1[ids]).chunk(2, -1)
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        rows = torch.einsum("tki,tkih->tkh", (up + 1) * gate * torch.sigmoid(gate * self.alpha), w2[ids])
+        return torch.tanh((rows * weights.unsqueeze(-1)).sum(1) * gain)
+
+
+def test_floats_that_a_site_needs() -> None:
+    model = Clamped()
+    compiled, _ = counted(model)
+    exact = copy.deepcopy(model).double()
+    with collect() as reports:
+        for alpha, gain in ((1.702, 0.5), (1.702, 0.25), (1.5, 0.25)):
+            model.alpha = exact.alpha = alpha
+            x = torch.randn(10, HIDDEN)
+            assert_close(compiled(x, gain), exact(x.double(), gain), 1e-5)
+    assert [[s.kind for s in r.sites] for r in reports] == [["moe", "router"]] * 2
+    assert ["1.702" in r.sites[0].form for r in reports] == [True, False]
+    assert "divided by their sum + 1e-05, scale 2.5" in reports[0].sites[1].form
+
+
+def test_the_floats_of_a_norm_before_a_rotation() -> None:
+    def f(q: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+        return rotated(weight * (q * torch.rsqrt(q.square().mean(-1, keepdim=True) + eps)), cos, sin)
+
+    compiled, _ = counted(f)
+    args = (torch.randn(3, HEADS, 5, HEAD), torch.randn(HEAD), torch.randn(5, HEAD), torch.randn(5, HEAD), 1e-5)
+    with collect() as reports:
+        assert_close(compiled(*args), f(*as_float64(args)), 1e-5)
+    assert "rms_norm before (eps 1e-05, weight)" in reports[0].sites[0].form
 
 
 def test_numbers_that_change_at_every_call_stay_symbols_after_some() -> None:
