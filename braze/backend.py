@@ -62,18 +62,27 @@ def fuse_graph(
     graph.lint()
     report = GraphReport(nodes, tuple(findings), tuple(result.near_misses), tuple(result.errors), result.seconds)
     _tell(report)
-    missing = [kind for kind in options.require if not any(f.kind == kind for f in findings)]
-    if missing:
-        reasons = "; ".join(f"{m.kind} at {m.source}: {m.reason}" for m in report.near_misses) or "nothing came close"
-        raise RequirementError(f"braze fused no {' and no '.join(missing)} in a graph of {nodes} nodes ({reasons})")
+    _require(report, options)
     return report
 
 
 def _leave(graph: fx.Graph, options: Options, message: str) -> None:
     """Reports a graph that nothing is fused in because of an error inside braze."""
-    _tell(GraphReport(len(graph.nodes), (), (), (message,), 0.0))
-    if options.require:
-        raise RequirementError(f"braze fused no {' and no '.join(options.require)}: {message}")
+    report = GraphReport(len(graph.nodes), (), (), (message,), 0.0)
+    _tell(report)
+    _require(report, options)
+
+
+def _require(report: GraphReport, options: Options) -> None:
+    """RequirementError where a required kind is missing, with all that is known of why."""
+    missing = [kind for kind in options.require if not any(s.kind == kind for s in report.sites)]
+    if missing:
+        why = [f"{m.kind} at {m.source}: {m.reason}" for m in report.near_misses]
+        why += [f"internal error: {e}" for e in report.errors]
+        reasons = "; ".join(why) or "nothing came close"
+        raise RequirementError(
+            f"braze fused no {' and no '.join(missing)} in a graph of {report.nodes} nodes ({reasons})"
+        )
 
 
 def _count(report: GraphReport, by: int) -> None:
