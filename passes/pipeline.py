@@ -19,7 +19,7 @@ from torch import fx
 from braze.passes import experts, mlp, norm, proof, rope, routers, splits
 from braze.passes.elements import Sizes
 from braze.passes.proofs import Proofs
-from braze.passes.rewrite import clean, rewrite, rewrite_norm, source_nodes
+from braze.passes.rewrite import clean, rewrite, rewrite_norm, share, source_nodes
 from braze.passes.settle import settle
 from braze.passes.sites import (
     Finding,
@@ -120,6 +120,8 @@ def _run(
             fuse = partial(_fuse, site, kind, prove, result)
             _guarded(fuse, f"{kind} at {site.root.name}", None, strict, result)
         result.calls[done:] = reversed(result.calls[done:])
+        if kind == "rope":
+            share([call for call, _ in result.calls[done:]])
         _clean(graph, result)  # what fused sites leave behind would look like other uses to the next kind
     _guarded(partial(_join_norms, result, prove), "norms before rotations", None, strict, result)
     _clean(graph, result)
