@@ -20,6 +20,7 @@ from braze.passes import capacity, normed, products, rows, separate, unread, unr
 from braze.passes.between import Between, between, linear_in
 from braze.passes.chosen import sparse
 from braze.passes.combine import Term, check_private, inner, one_atom, output_of, root_of, scale_of, terms_of
+from braze.passes.dense import turned_scores
 from braze.passes.elements import Elements, Expr, Sizes, Unknown, leaves, trail
 from braze.passes.linear import TooLarge
 from braze.passes.products import NoExperts, Pair
@@ -149,6 +150,7 @@ def _site(pair: Pair, ev: Elements) -> MoeSite:
             x, input_weight = rows.input_of(pair, act.at, (tokens, hidden), ev, weighted=True)
     source, weight_on = _weight(act, input_weight, on_output, bool(terms[0].biases), dispatch)
     weights = rows.matrix(source, slot, (tokens, slots), ev)
+    weights = weights or turned_scores(source, slot, (tokens, slots), root, ev)
     if weights is None:
         raise NoExperts(f"the rows' weight {source[0].name} is no [tokens, slots] tensor")
     b2 = rows.second_bias(terms, experts, ev.shape(w2.weight)[0], ev)
