@@ -128,9 +128,9 @@ def capture_settings(model: nn.Module) -> dict[str, Any]:
     return {"capture_scalar_outputs": True} if splits else {}
 
 
-def _source(forward: Any) -> str:
+def _source(code: Any) -> str:
     try:
-        return inspect.getsource(forward)
+        return inspect.getsource(code)
     except (OSError, TypeError):
         return ""
 
@@ -152,6 +152,20 @@ def without_loops(model: nn.Module) -> None:
                 log.warning("%s keeps its loop over experts: %s", name, e)
             else:
                 log.info("%s: its loop over experts became products that a graph holds", name)
+        elif _routes_itself(module):
+            log.warning(
+                "%s keeps its loop over experts: it chooses them itself; only the loop of a module whose forward takes "
+                "(x, ids, weights) can be taken out",
+                name,
+            )
+
+
+def _routes_itself(module: nn.Module) -> bool:
+    """Whether a module holds experts, each a module, and looks at values to decide what to run, though nobody gives it ids."""
+    lists = [c for c in module.children() if isinstance(c, nn.ModuleList | nn.ModuleDict)]
+    alike = any(len(c) > 1 and len({type(e) for e in c.children()}) == 1 for c in lists)
+    source = _source(type(module)) if alike else ""
+    return "expert" in source and any(sign in source for sign in (*_SIGNS, ".numpy()", "index_add_("))
 
 
 def _is_eager(module: nn.Module) -> Any:
