@@ -67,6 +67,29 @@ def cpu(cells: Rows, machine: str) -> str:
     )
 
 
+def loops(cells: Rows, machine: str) -> str:
+    """Layers with loops over a list of modules."""
+    rows = []
+    for c in cells:
+        best = min(c["eager"], c["stock"]) / min(c["braze"], c["graph"] or c["braze"])
+        graph = f"{c['graph']:.3f}" if c["graph"] else ""
+        rows.append(
+            (c["shape"], c["tokens"], *(f"{c[way]:.3f}" for way in ("eager", "stock", "braze")), graph, f"{best:.2f}")
+        )
+    header = ("layer", "tokens", "eager ms", "stock ms", "braze ms", "in a CUDA graph ms", "best of the others / braze")
+    return "\n".join(
+        (
+            f"## Layers with a loop over a list of experts, on {machine}\n",
+            "`benchmarks/loops.py`: router and loop in one forward, as models were written before transformers 5, bfloat16;",
+            "whole calls in turn, the host's time included. stock: torch.compile, which breaks its graph in the loop; braze:",
+            '`braze.fuse`, in a CUDA graph with mode="reduce-overhead".\n',
+            f"- {mean([float(r[-1]) for r in rows])}\n",
+            table(header, rows),
+            "",
+        )
+    )
+
+
 def growth(cells: Rows) -> str:
     """One expert layer on CPU over tokens and over experts."""
     rows = [
@@ -92,8 +115,8 @@ def growth(cells: Rows) -> str:
     )
 
 
-def mean(ratios: Sequence[float]) -> str:
-    return f"{statistics.geometric_mean(ratios):.2f}x (geomean of {len(ratios)} cells), worst {min(ratios):.2f}x"
+def mean(ratios: Sequence[float], worst: Callable[..., float] = min) -> str:
+    return f"{statistics.geometric_mean(ratios):.2f}x (geomean of {len(ratios)} cells), worst {worst(ratios):.2f}x"
 
 
 def rope(cells: Rows) -> str:
@@ -208,6 +231,32 @@ def beside(cells: Rows) -> str:
     )
 
 
+def stored(cells: Rows) -> str:
+    """The experts' kernels on a GPU with weights stored in several ways."""
+    ways = ("apart", "separate", "in_turn")
+    rows = [
+        (
+            c["shape"],
+            c["tokens"],
+            f"{c['stacked']:.1f}",
+            *(f"{c[way]:.1f} ({c[way] / c['stacked']:.2f})" for way in ways),
+        )
+        for c in cells
+    ]
+    return "\n".join(
+        (
+            "## Experts' kernels on an H100, by how weights are stored\n",
+            "`benchmarks/moe_stored.py`: one run, replays in turn; in brackets the time over that of stacked weights. apart:",
+            "gate and up are two tensors; separate: gate, up and down of each expert are, found by a table of addresses, whose",
+            "copy to the device is in the time; in turn: the same, one expert after the other, calls without a graph.\n",
+            *(f"- {way.replace('_', ' ')}: {mean([c[way] / c['stacked'] for c in cells], max)}" for way in ways),
+            "",
+            table(("experts", "tokens", "stacked us", "apart us", "separate us", "in turn us"), rows),
+            "",
+        )
+    )
+
+
 def untuned(cells: Rows) -> str:
     """Tiles that the model of their cost chooses beside tuned ones."""
     rows = [
@@ -277,6 +326,7 @@ def compile_time(cells: Rows) -> str:
 SECTIONS: Mapping[str, Callable[[Any], str]] = {
     "moe_h100": peers,
     "moe_beside_h100": beside,
+    "moe_stored_h100": stored,
     "untuned_h100": untuned,
     "layers_h100": layers,
     "rope_h100": rope,
@@ -284,6 +334,8 @@ SECTIONS: Mapping[str, Callable[[Any], str]] = {
     "cpu": partial(cpu, machine="two cores of an AMD EPYC with AVX-512"),
     "cpu_mlp": partial(cpu, machine="the same cores: one that every token has, a dense MLP"),
     "cpu_amx": partial(cpu, machine="16 cores of an Intel Xeon with AMX"),
+    "loops_h100": partial(loops, machine="an H100"),
+    "loops_cpu": partial(loops, machine="two cores of an AMD EPYC with AVX-512"),
     "growth": growth,
     "compile_time": compile_time,
 }

@@ -1,123 +1,78 @@
-"""Loops over the experts that were hit become one computation that a graph can hold (braze.unlooped).
+"""Which modules of a model loop over the experts that were hit, and that what computes the same takes their place.
 
-What one expert does to one row (braze.one_expert), mapped over rows, weighted and added up per token, is the module again,
-whatever its loop was. The two are compared before one takes the other's place, and it must be fused.
+A loop is a method (x, ids, weights) (braze.unlooping), or a forward that also chooses the experts (braze.routed).
 """
 
-import copy
 import inspect
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_map
+from torch import nn
 
-from braze import ops as _ops  # noqa: F401  (registers the semantic ops)
-from braze.lowering import inductor
-from braze.one_expert import Expert, NoExpert, Part, trace
-from braze.passes import pipeline
-from braze.unlooped import Past, Unlooped
+from braze.routed import routed
+from braze.unlooping import KeepsLoop, unlooped
 
 log = logging.getLogger("braze")
 
-MAX_EXPERTS = 1024
-#: More experts with parameters of their own than this are left in their loop: as many products would make a large graph.
-MAX_IN_TURN = 256
-#: A module with more parameters than this is compared in its own dtype, without a copy in float64.
-MAX_COPY = 2**26
-
-_SIGNS = ("nonzero(", ".tolist(", ".item(", ".any(", "where(", "unique(")
+_METHODS_OF_TORCH = frozenset(vars(nn.Module))
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+_SIGNS = ("nonzero(", ".tolist(", ".item(", ".any(", "where(", "unique(", ".numpy(")
 
 
-class KeepsLoop(Exception):
-    """Why a module's loop stays."""
-
-
-def is_loop(module: nn.Module) -> bool:
-    """Whether the forward of `module` is its own, takes (x, ids, weights) and looks at values to decide what to run."""
-    forward = type(module).forward
-    if "forward" in vars(module) or hasattr(forward, "__wrapped__") or next(module.parameters(), None) is None:
+def is_loop(module: nn.Module, method: str = "forward") -> bool:
+    """Whether the method is the module's own, takes (x, ids, weights) and looks at values to decide what to run."""
+    function = getattr(type(module), method)
+    decorated = method == "forward" and hasattr(function, "__wrapped__")
+    if method in vars(module) or decorated or next(module.parameters(), None) is None:
         return False
+    return len(_arguments(function)) == 4 and _looks_at_values(function)
+
+
+def is_routed_loop(module: nn.Module) -> bool:
+    """Whether the module's forward takes tokens, chooses among experts and loops over them."""
+    function = type(module).forward
+    if "forward" in vars(module) or next(module.parameters(), None) is None:
+        return False
+    arguments = _arguments(function)
+    lists = any(isinstance(m, nn.ModuleList) and len(m) > 1 for m in module.modules())
+    needed = [p for p in arguments[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return (
+        len(needed) == 1
+        and lists
+        and any("for " in _source(f) and _looks_at_values(f) for f in _forwards(type(module)))
+    )
+
+
+def _forwards(kind: type[nn.Module]) -> list[Any]:
+    """A class's forward, and those that it calls as its bases'."""
+    found = []
+    for base in kind.__mro__:
+        if "forward" in vars(base):
+            found.append(vars(base)["forward"])
+            if "super()" not in _source(found[-1]):
+                break
+    return found
+
+
+def loops_of(module: nn.Module) -> list[str]:
+    """The methods of a module's class that `is_loop` is true of."""
+    kinds = [k for k in type(module).__mro__ if k is not nn.Module and issubclass(k, nn.Module)]
+    names = {n for k in kinds for n, f in vars(k).items() if inspect.isfunction(f)}
+    return sorted(n for n in names if (n not in _METHODS_OF_TORCH or n == "forward") and is_loop(module, n))
+
+
+def _arguments(function: Any) -> list[inspect.Parameter]:
     try:
-        source, parameters = inspect.getsource(forward), inspect.signature(forward).parameters
-    except (OSError, TypeError, ValueError):
-        return False
-    return len(parameters) == 4 and any(sign in source for sign in _SIGNS)
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return []
 
 
-def unlooped(module: nn.Module) -> Unlooped:
-    """The module's computation without its loop, compared with it; KeepsLoop with the reason where there is none."""
-    reasons = []
-    for by_mask in (False, True):
-        try:
-            return _unlooped(module, by_mask)
-        except KeepsLoop as e:
-            reasons.append(str(e))
-    raise KeepsLoop(reasons[0])
-
-
-def _unlooped(module: nn.Module, by_mask: bool) -> Unlooped:
-    hidden, first = _first(module, by_mask)
-    experts: list[Expert] = [first]
-    past: Past = "fails"
-    rest: Expert | None = None
-    for e in range(1, MAX_EXPERTS):
-        try:
-            found = trace(module, e, hidden, by_mask)
-        except (NoExpert, RuntimeError, IndexError, ValueError, KeyError):
-            break
-        if found is None:
-            past = "nothing"
-            break
-        if not found.parts:
-            if rest is not None and found.text != rest.text:
-                raise KeepsLoop(f"expert {e} has no parameters and does not compute what the others without any do")
-            rest = found
-            continue
-        if rest is not None or found.text != first.text:
-            raise KeepsLoop(f"expert {e} does not compute what expert 0 does")
-        experts.append(found)
-    parts = tuple(e.parts for e in experts)
-    one, others = (None if e is None else fx.GraphModule(nn.Module(), e.code) for e in (first, rest))
-    assert one is not None
-    made = _compared(Unlooped(module, one, parts, _stacked(parts), past, others, by_mask))
-    if not made.stacked and made.experts > MAX_IN_TURN:
-        raise KeepsLoop(f"{made.experts} experts with parameters of their own, more than {MAX_IN_TURN}")
-    reason = _unfused(made)
-    if reason is not None:
-        raise KeepsLoop(
-            f"its products are not recognised ({reason}): computing them otherwise would cost more than the loop"
-        )
-    return made
-
-
-def _unfused(made: Unlooped) -> str | None:
-    """Why the passes make no expert site of it, on a graph of a few tokens; None where they do."""
-    like = next(made.module.parameters())
-    x = torch.ones(6, _hidden(made), dtype=like.dtype, device=like.device)
-    ids = torch.zeros(6, 2, dtype=torch.int64, device=like.device)
-    weights = torch.ones_like(ids, dtype=like.dtype)
-    given = nn.functional.one_hot(ids, made.experts) if made.by_mask else ids
-    parameters = tree_map(Tensor.detach, made.parameters())
-
-    def body(*given: Any) -> Tensor:
-        return made.compute(*given)
-
-    trace_ = make_fx(body, decomposition_table=dict(inductor.decompositions()), tracing_mode="fake")
-    with torch.no_grad():
-        graph = trace_(x, given, weights, parameters).graph
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        node.target = torch.ops.aten.reshape.default  # as in the graphs that the passes see
-    graph.eliminate_dead_code()  # decompositions leave casts behind, which would look like other uses
-    with inductor.no_modes():
-        result = pipeline.run(graph, disable=("rope", "router", "mlp"))
-    if any(finding.kind == "moe" for _, finding in result.calls):
-        return None
-    return "; ".join(m.reason for m in result.near_misses) or "nothing came close"
+def _looks_at_values(function: Any) -> bool:
+    return any(sign in _source(function) for sign in _SIGNS)
 
 
 def capture_settings(model: nn.Module) -> dict[str, Any]:
@@ -128,9 +83,9 @@ def capture_settings(model: nn.Module) -> dict[str, Any]:
     return {"capture_scalar_outputs": True} if splits else {}
 
 
-def _source(code: Any) -> str:
+def _source(forward: Any) -> str:
     try:
-        return inspect.getsource(code)
+        return inspect.getsource(forward)
     except (OSError, TypeError):
         return ""
 
@@ -138,112 +93,60 @@ def _source(code: Any) -> str:
 def without_loops(model: nn.Module) -> None:
     """Replaces the loops over experts in `model`, each by what computes the same and can be captured in one graph.
 
-    A class of transformers that can switch its experts' implementation does so; another loop's forward is set on its instance,
+    A class of transformers that can switch its experts' implementation does so; another loop's method is set on its instance,
     and `del module.forward` brings it back. What stays as it was is told in the log.
     """
+    made: dict[Any, Any] = {}
     for name, module in model.named_modules():
         if _is_eager(module):
             module.config._experts_implementation = "grouped_mm"
             log.info("%s: experts implementation grouped_mm instead of eager", name)
-        elif is_loop(module):
-            try:
-                module.forward = unlooped(module)  # type: ignore[method-assign]
-            except KeepsLoop as e:
-                log.warning("%s keeps its loop over experts: %s", name, e)
-            else:
-                log.info("%s: its loop over experts became products that a graph holds", name)
-        elif _routes_itself(module):
-            log.warning(
-                "%s keeps its loop over experts: it chooses them itself; only the loop of a module whose forward takes "
-                "(x, ids, weights) can be taken out",
-                name,
-            )
+            continue
+        methods = loops_of(module)
+        for method in methods:
+            _replace(module, method, name, partial(unlooped, method=method), made)
+        if not methods and is_routed_loop(module):
+            _replace(module, "forward", name, routed, made)
 
 
-def _routes_itself(module: nn.Module) -> bool:
-    """Whether a module holds experts, each a module, and looks at values to decide what to run, though nobody gives it ids."""
-    lists = [c for c in module.children() if isinstance(c, nn.ModuleList | nn.ModuleDict)]
-    alike = any(len(c) > 1 and len({type(e) for e in c.children()}) == 1 for c in lists)
-    source = _source(type(module)) if alike else ""
-    return "expert" in source and any(sign in source for sign in (*_SIGNS, ".numpy()", "index_add_("))
+def _replace(module: nn.Module, method: str, name: str, make: Callable[[nn.Module], Any], made: dict[Any, Any]) -> None:
+    """Sets what takes the loop's place; layers that are alike share it."""
+    where = ".".join(filter(None, (name, "" if method == "forward" else method))) or type(module).__name__
+    key = method, _likeness(module)
+    try:
+        if key not in made:
+            made[key] = make(module)
+    except KeepsLoop as e:
+        log.warning("%s keeps its loop over experts: %s", where, e)
+        return
+    setattr(module, method, made[key].of(module))
+    log.info("%s: its loop over experts became products that a graph holds", where)
+
+
+def _likeness(module: nn.Module) -> tuple[Any, ...]:
+    """All that a forward depends on but for the values of parameters: classes, other attributes, names and shapes."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return (
+        tuple((n, t.shape, t.dtype, t.device) for n, t in tensors),
+        tuple(
+            (n, type(m), bool(m._forward_hooks or m._forward_pre_hooks), *_own(m)) for n, m in module.named_modules()
+        ),
+    )
+
+
+def _own(module: nn.Module) -> list[Any]:
+    return [(k, _valued(v)) for k, v in sorted(vars(module).items()) if k not in _OF_EVERY_MODULE]
+
+
+def _valued(value: Any) -> Any:
+    """Equal for equal plain values; anything else only is like itself."""
+    if isinstance(value, tuple | list):
+        return type(value), *map(_valued, value)
+    plain = isinstance(value, int | float | str | torch.dtype | torch.device | None)
+    return (type(value), value) if plain else id(value)
 
 
 def _is_eager(module: nn.Module) -> Any:
     """Whether the module is of a class of transformers with a choice, and its choice is the loop."""
     decorated = hasattr(type(module).forward, "__wrapped__") and hasattr(module, "is_transposed")
     return decorated and getattr(getattr(module, "config", None), "_experts_implementation", None) == "eager"
-
-
-def _first(module: nn.Module, by_mask: bool) -> tuple[int, Expert]:
-    """The size of a row, tried out among the sizes of the parameters, and what the first expert does to one."""
-    sizes = [getattr(module, "hidden_size", None), *(s for p in module.parameters() for s in reversed(p.shape))]
-    reason = "its forward does not run on one row"
-    for hidden in dict.fromkeys(s for s in sizes if isinstance(s, int)):
-        try:
-            found = trace(module, 0, hidden, by_mask)
-        except (RuntimeError, IndexError, ValueError, TypeError, KeyError, AttributeError):
-            continue
-        except NoExpert as e:
-            reason = str(e)
-            continue
-        if found is not None and found.parts:
-            return hidden, found
-    raise KeepsLoop(reason)
-
-
-def _stacked(parts: Sequence[tuple[Part, ...]]) -> bool:
-    """Whether each part is one parameter of all experts, in their order; KeepsLoop where it is in another."""
-    stacked = set()
-    for same in zip(*parts, strict=True):
-        names = {p.name for p in same}
-        in_order = [p.index for p in same] == list(range(len(same))) and len({p.shape for p in same}) == 1
-        own = all(p.index is None for p in same) and len(names) == len(same)
-        if not own and not (len(names) == 1 and in_order):
-            raise KeepsLoop(f"experts take their parts of {same[0].name} in no order")
-        stacked.add(not own)
-    return stacked == {True}
-
-
-def _compared(made: Unlooped) -> Unlooped:
-    """`made`, with the shape of result that the loop has; KeepsLoop where the two do not compute the same."""
-    module = made.module
-    small = sum(p.numel() for p in module.parameters()) <= MAX_COPY
-    module = copy.deepcopy(module).double() if small else module
-    like = next(module.parameters())
-    rng = torch.Generator().manual_seed(1)
-    hidden = _hidden(made)
-    every = made.experts + (made.rest is not None)
-    ids = torch.stack([torch.randperm(every, generator=rng)[: min(2, every)] for _ in range(6)]).to(like.device)
-    weights = torch.randn(ids.shape, generator=rng).to(like)
-    choice = (
-        nn.functional.one_hot(ids, every) * (torch.rand(6, 1, 1, generator=rng) < 0.8).to(ids) if made.by_mask else ids
-    )
-    reason = "its forward takes neither [tokens, hidden] nor [batch, tokens, hidden]"
-    shapes: set[bool] = set()
-    for shape in ((6, hidden), (2, 3, hidden)):
-        x = torch.randn(shape, generator=rng).to(like)
-        try:
-            with torch.no_grad():
-                expected: Any = type(module).forward(module, x, choice, weights)
-        except (RuntimeError, IndexError, ValueError):
-            continue
-        twin = made.of(module)
-        with torch.no_grad():
-            y = twin.compute(x, choice, weights, twin.parameters())
-        scale = float(expected.abs().max())
-        error = float((y.reshape(-1) - expected.reshape(-1)).abs().max()) / (scale or 1.0)
-        tolerance = 1e-9 if like.dtype == torch.float64 else 16 * torch.finfo(like.dtype).eps
-        if not scale or not error <= tolerance:
-            raise KeepsLoop(f"without it the result is another (relative difference {error:.1e})")
-        middle = expected.shape != x.shape
-        if middle and expected.shape != (x.shape[0], *y.reshape(x.shape[0], -1, hidden).shape[1:]):
-            raise KeepsLoop(f"its result for {shape} has shape {tuple(expected.shape)}")
-        shapes.add(middle or (x.ndim == 3 and True in shapes))
-    if len(shapes) != 1:
-        raise KeepsLoop(reason if not shapes else "its results have no one shape")
-    return replace(made, batched_result=shapes.pop())
-
-
-def _hidden(made: Unlooped) -> int:
-    row = next(iter(made.one.graph.nodes))
-    return int(row.meta["shape"][-1])

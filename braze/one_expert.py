@@ -7,7 +7,7 @@ are the operations from the row to the result; a part taken of a stacked paramet
 
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,12 +22,18 @@ _VIEWS = {
 }  # fmt: skip
 _FRESH = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
 _ADDED = {"index_add": 3, "index_add_": 3, "index_put": 2, "index_put_": 2, "add": 1, "add_": 1}
-_OUT_OF_PLACE = {"index_add_", "index_put_", "add_", "mul_", "sub_", "div_", "clamp_", "relu_", "silu_", "copy_"}
+_OUT_OF_PLACE = {
+    "index_add_", "index_put_", "add_", "mul_", "sub_", "div_", "clamp_", "relu_", "silu_", "copy_", "scatter_", "masked_fill_",
+}  # fmt: skip
+
+
+#: What a method takes between x and weights [T, k]: ids [T, k], ids [T, 1], or a mask [T, 1, experts].
+Form = Literal["ids", "one id", "mask"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter, viewed with `shape` where that is not its own, and the expert's index in it; None for all of it."""
+    """A parameter or buffer, viewed with `shape` where its own is another, and the expert's index in it; None for all of it."""
 
     name: str
     shape: tuple[int, ...]
@@ -60,11 +66,15 @@ class _Name(str):
         return str(self)
 
 
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
 class NoExpert(Exception):
     """Why there is no such code."""
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[misc]
+class Recorder(TorchDispatchMode):  # type: ignore[misc]
     """Records the operations that a row's value passes through; all others run and are constants."""
 
     def __init__(self, module: nn.Module, row: Tensor) -> None:
@@ -72,8 +82,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc]
         self.graph = fx.Graph()
         self.known: dict[int, fx.Node] = {}
         self._give(row, self.graph.placeholder("row"))
-        self.parameters: dict[int, str] = {id(p): n for n, p in module.named_parameters()}
+        tensors = (*module.named_parameters(), *module.named_buffers())
+        self.parameters: dict[int, str] = {id(p): n for n, p in tensors}
         self.taken: dict[Part, fx.Node] = {}
+        self.fresh: dict[int, Any] = {}  # what made and filled a new tensor's memory, until something changes it
         self.alive: list[Any] = [row]  # so that no id is used twice
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -83,11 +95,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc]
         name = func.overloadpacket.__name__
         if func in _VIEWS and id(args[0]) in self.parameters:
             self.parameters[id(out)] = self.parameters[id(args[0])]
-        elif name not in _FRESH:
+        elif name in _FRESH:
+            self.fresh[_storage(out)] = None if "empty" in name else (func, args, kwargs)
+        else:
             self._record(func, name, args, kwargs, out)
+            if name.endswith("_") and isinstance(out, Tensor):
+                self.fresh.pop(_storage(out), None)
         return out
 
     def _record(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        if isinstance(out, Tensor) and out.numel() == 0:
+            return  # the rows of an expert that has none
         part = self._part(func, args, out)
         if part is not None:
             self.known[id(out)] = part
@@ -96,6 +114,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc]
         if out is None or not any(id(a) in seen for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)):
             return
         if name in ("mul", "mul_") and any(self._is_constant(a, 0.0) for a in args[:2]):
+            self.known.pop(id(out), None)
             return  # the slot of another expert
         same = self._same(name, args, out)
         if same is not None:
@@ -108,24 +127,33 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc]
             func = getattr(getattr(aten, name[:-1]), func._overloadname)
         elif func._schema.is_mutable:
             raise NoExpert(f"{name} changes a tensor in place")
+        if not isinstance(out, Tensor | tuple | list):
+            raise NoExpert("it reads a number that follows from the row")
         node = self.graph.call_function(func, *tree_map(self._operand, (args, kwargs)))
         if isinstance(out, Tensor):
-            self._give(out, node)
+            for same_tensor in self._aliases(out) if name in _OUT_OF_PLACE else (out,):
+                self._give(same_tensor, node)
         else:
             for i, o in enumerate(out):
                 self._give(o, self.graph.call_function(operator.getitem, (node, i)))
+
+    def _aliases(self, out: Tensor) -> list[Tensor]:
+        """The tensors that are in the same memory in the same shape."""
+        tensors = [t for t in tree_leaves(self.alive) if isinstance(t, Tensor) and t.shape == out.shape]
+        return [out, *(t for t in tensors if _storage(t) == _storage(out))]
 
     def _give(self, out: Tensor, node: fx.Node) -> None:
         node.meta["shape"] = tuple(out.shape)
         self.known[id(out)] = node
 
     def reshaped(self, node: fx.Node, out: Tensor) -> fx.Node:
-        """`node` in the shape of `out`: reshapes of reshapes are one, or none."""
+        """`node` in the shape of `out`: reshapes of reshapes are one, or none. A first dimension of 1 is that of rows."""
         if node.target is aten.reshape.default:
             node = node.args[0]  # type: ignore[assignment]
         if node.meta["shape"] == tuple(out.shape):
             return node
-        made = self.graph.call_function(aten.reshape.default, (node, list(out.shape)))
+        lead = 1 if out.ndim and node.meta["shape"] and out.shape[0] == node.meta["shape"][0] == 1 else 0
+        made = self.graph.call_function(aten.reshape.default, (node, [-1] * lead + list(out.shape[lead:])))
         made.meta["shape"] = tuple(out.shape)
         return made
 
@@ -138,6 +166,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc]
             return self._taken(Part(self.parameters[id(a)], tuple(a.shape), None))
         if a.numel() == 1:
             return a.item()
+        made = self.fresh.get(_storage(a))
+        if made is not None:
+            func, args, kwargs = made
+            return self.graph.call_function(func, *tree_map(self._operand, (args, kwargs)))
         raise NoExpert(f"it needs a constant of shape {tuple(a.shape)}")
 
     def _part(self, func: Any, args: Any, out: Any) -> fx.Node | None:
@@ -162,8 +194,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc]
     def _same(self, name: str, args: Any, out: Any) -> fx.Node | None:
         """The operand that an operation on one row leaves as it is, but for its shape."""
         source = self.known.get(id(args[0]))
-        if name in ("index", "index_select") and source is not None and out.numel() == args[0].numel():
+        picked = name in ("index", "index_select", "slice", "sum")
+        if picked and source is not None and out.numel() == args[0].numel() and out.dtype == args[0].dtype:
             return source
+        if name == "cat" and [a.numel() for a in args[0] if a.numel()] == [out.numel()]:
+            return next((self.known.get(id(a)) for a in args[0] if a.numel()), None)
         if name in ("mul", "mul_"):
             for a, b in (args[:2], args[1::-1]):
                 if id(a) in self.known and self._is_constant(b, 1.0) and out.numel() == a.numel():
@@ -199,17 +234,18 @@ def _mask(module: nn.Module, expert: int, device: torch.device) -> Tensor:
     return torch.nn.functional.one_hot(torch.tensor([[expert]], device=device), experts)
 
 
-def trace(module: nn.Module, expert: int, hidden: int, by_mask: bool = False) -> Expert | None:
-    """What the expert does; None where nothing is done for its id. by_mask: whether the module takes a mask [T, 1, experts] in
-    place of ids. NoExpert, or the module's own error, where it fails."""
+def trace(module: nn.Module, name: str, expert: int, hidden: int, form: Form = "ids") -> Expert | None:
+    """What the expert does, by the module's method `name`; None where nothing is done for its id. NoExpert, or the module's own
+    error, where it fails."""
     like = next(module.parameters())
     row = torch.randn(1, hidden, generator=torch.Generator().manual_seed(0)).to(like)
     ids = torch.tensor([[expert, int(expert == 0)]], device=like.device)
     weights = torch.tensor([[1.0, 0.0]], dtype=like.dtype, device=like.device)
-    if by_mask:
-        ids, weights = _mask(module, expert, like.device), weights[:, :1]
-    with torch.no_grad(), _Recorder(module, row) as recorder:
-        out = type(module).forward(module, row, ids, weights)
+    if form != "ids":
+        weights = weights[:, :1]
+        ids = _mask(module, expert, like.device) if form == "mask" else ids[:, :1]
+    with torch.no_grad(), Recorder(module, row) as recorder:
+        out = getattr(type(module), name)(module, row, ids, weights)
     if not isinstance(out, Tensor) or out.numel() != hidden:
         raise NoExpert("its result for one row is no row")
     if id(out) not in recorder.known:

@@ -26,6 +26,8 @@ from braze.kernels.spec import MoeSpec, NormSpec, RopeSpec, RouteSpec
 from braze.kernels.triton import compat
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
+from braze.kernels.triton import separate as triton_separate
+from braze.kernels.triton.weights import Weights
 from braze.kernels.turning import Norm, Rows
 from braze.kernels.vendor import moe as vendor_moe
 from braze.kernels.vendor import rope as vendor_rope
@@ -145,16 +147,20 @@ def _separate(
     x: Tensor, ids: Tensor, weights: Tensor, w1: list[Tensor], w2: list[Tensor], b1: list[Tensor], b2: list[Tensor],
     **attributes: Any,
 ) -> Tensor:  # fmt: skip
-    return _one_by_one(x, ids, weights, w1, w2, b1, b2, _moe_spec(**attributes))
+    return _each(x, ids, weights, w1, w2, b1, b2, _moe_spec(**attributes))
 
 
-def _one_by_one(
+_SEPARATE: dict[str, Any] = {"cpu": cpp_separate, "cuda": triton_separate, "xpu": triton_separate}
+
+
+def _each(
     x: Tensor, ids: Tensor, weights: Tensor, w1: list[Tensor], w2: list[Tensor], b1: list[Tensor], b2: list[Tensor],
     spec: MoeSpec,
 ) -> Tensor:  # fmt: skip
-    if x.device.type != "cpu" or cpp_separate.supports(x, ids, weights, w1, w2, b1, b2, spec):
+    kernel = _SEPARATE.get(compat.platform(x.device))
+    if kernel is None or kernel.supports(x, ids, weights, w1, w2, b1, b2, spec):
         return separate.moe(x, ids, weights, w1, w2, b1, b2, spec)
-    return cpp_separate.run(x, ids, weights, w1, w2, b1, b2, spec)
+    return kernel.run(x, ids, weights, w1, w2, b1, b2, spec)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("braze::moe_apart")
@@ -175,8 +181,12 @@ def _apart(
     b_up: Tensor | None = None, b2: Tensor | None = None, **attributes: Any,
 ) -> Tensor:  # fmt: skip
     spec = _moe_spec(**attributes)
-    if x.device.type == "cpu":
-        return _one_by_one(x, ids, weights, *separate.lists(gate, up, w2, b_gate, b_up, b2), spec)
+    platform = compat.platform(x.device)
+    if platform == "cpu":
+        return _each(x, ids, weights, *separate.lists(gate, up, w2, b_gate, b_up, b2), spec)
+    first, b1 = Weights(gate, up), separate.joined(b_gate, b_up)
+    if platform in _SEPARATE and triton_moe.supports(x, ids, weights, first, w2, b1, b2, spec) is None:
+        return triton_moe.run(x, ids, weights, first, w2, b1, b2, spec)
     return aten.moe_apart(x, ids, weights, gate, up, w2, b_gate, b_up, b2, spec)
 
 

@@ -8,6 +8,7 @@ A compiled graph holds either, and the passes make one call of it; neither copie
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -19,9 +20,15 @@ from braze.one_expert import Part
 Past = Literal["fails", "nothing"]
 
 
+def whole(module: nn.Module, part: Part) -> Tensor:
+    """The parameter or buffer of a part, as it is now."""
+    found: Tensor = attrgetter(part.name)(module)
+    return found if found.shape == part.shape else found.view(part.shape)
+
+
 @dataclass(frozen=True, eq=False)
 class Unlooped:
-    """(x [T, H] or [B, S, H], ids and weights [T, k]) -> as the loop's.
+    """A method (x [T, H] or [B, S, H], ids and weights [T, k]) -> as the loop's.
 
     one: what an expert does, (row [1, H], *parts) -> [1, H]. parts: of each expert; read at each call, so that none goes stale.
     stacked: whether a part of all experts is one parameter [experts, ...]. rest: what experts without parts do, which come
@@ -33,6 +40,7 @@ class Unlooped:
     """
 
     module: nn.Module
+    method: str
     one: fx.GraphModule
     parts: tuple[tuple[Part, ...], ...]
     stacked: bool
@@ -49,7 +57,7 @@ class Unlooped:
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if torch.is_grad_enabled() or not torch.compiler.is_compiling():
-            return type(self.module).forward(self.module, x, ids, weights)  # type: ignore[no-any-return]
+            return getattr(type(self.module), self.method)(self.module, x, ids, weights)  # type: ignore[no-any-return]
         return self.compute(x, ids, weights, self.parameters())
 
     @property
@@ -67,8 +75,7 @@ class Unlooped:
         return [list(map(self._part, same)) for same in zip(*self.parts, strict=True)]
 
     def _whole(self, part: Part) -> Tensor:
-        parameter = self.module.get_parameter(part.name)
-        return parameter if parameter.shape == part.shape else parameter.view(part.shape)
+        return whole(self.module, part)
 
     def _part(self, part: Part) -> Tensor:
         return self._whole(part) if part.index is None else self._whole(part)[part.index]
@@ -107,3 +114,60 @@ class Unlooped:
             y = per_row(x.unsqueeze(1), *parts).squeeze(1) if self.row_wise else self.one(x, *parts)
             out = out + y * torch.where(ids == e, weights, 0.0).sum(1, keepdim=True)
         return out
+
+
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """(x [B, S, H] or [T, H]) -> as a layer with its router and its loop over experts in one forward.
+
+    router: (row, *parts) -> (ids, weights). experts: its loop. after: (row, y, *parts) -> what the layer returns, where it
+    `returns` a tuple with None for what is none, otherwise a tensor. kind: x's number of dimensions and dtype. batched: for
+    each result, whether x's first dimensions are its own, otherwise all tokens are one.
+
+    Outside of a compiled graph, where gradients are recorded, in training, under autocast, and with other arguments, it is the
+    loop.
+    """
+
+    module: nn.Module
+    router: fx.GraphModule
+    router_parts: tuple[Part, ...]
+    experts: Unlooped
+    after: fx.GraphModule
+    after_parts: tuple[Part, ...]
+    returns: tuple[bool, ...] | None
+    kind: tuple[int, torch.dtype]
+    batched: tuple[bool, ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() or not torch.compiler.is_compiling() or not self._takes(args, kwargs):
+            return type(self.module).forward(self.module, *args, **kwargs)
+        return self.compute(args[0])
+
+    def _takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if len(args) != 1 or kwargs or self.module.training:
+            return False
+        x: Tensor = args[0]
+        return (x.ndim, x.dtype) == self.kind and not torch.is_autocast_enabled(x.device.type)
+
+    def of(self, module: nn.Module) -> "Routed":
+        """The same for another module of the class."""
+        return replace(self, module=module, experts=self.experts.of(module))
+
+    def compute(self, x: Tensor) -> Any:
+        """What the layer returns for x."""
+        flat = x.reshape(-1, x.shape[-1])
+        ids, weights = self._apply(self.router, self.router_parts, flat)
+        rows = flat.shape[0]
+        ids, weights = ids.reshape(rows, -1), weights.reshape(rows, -1)
+        y = self.experts.compute(flat, ids, weights, self.experts.parameters())
+        results = iter(self._apply(self.after, self.after_parts, flat, y))
+        shapes = iter(self.batched)
+        if self.returns is None:
+            return self._shaped(next(results), x, next(shapes))
+        return tuple(self._shaped(next(results), x, next(shapes)) if there else None for there in self.returns)
+
+    def _shaped(self, result: Tensor, x: Tensor, batched: bool) -> Tensor:
+        return result.reshape(*x.shape[:-1], -1) if batched else result.reshape(x.numel() // x.shape[-1], -1)
+
+    def _apply(self, code: fx.GraphModule, parts: Sequence[Part], *rows: Tensor) -> Sequence[Tensor]:
+        return code(*rows, *(whole(self.module, p) for p in parts))  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from braze.kernels import reference
+from braze.kernels import reference, separate
 from braze.kernels.expression import apply_torch
 from braze.kernels.spec import MoeSpec, RouteSpec
 
@@ -69,8 +69,7 @@ def moe_apart(
     rows = sort_rows(ids, gate.shape[0])
     sorted_x = x[rows.perm // ids.shape[1]]
     halves = [_grouped_mm(sorted_x, w if spec.transposed else w.transpose(1, 2), rows.ends) for w in (gate, up)]
-    b1 = None if b_gate is None or b_up is None else torch.cat((b_gate, b_up), 1)
-    act = between(torch.cat(halves, 1), rows, weights, b1, spec)
+    act = between(torch.cat(halves, 1), rows, weights, separate.joined(b_gate, b_up), spec)
     y = _grouped_mm(act, w2 if spec.transposed else w2.transpose(1, 2), rows.ends)
     return combine(y, rows, weights, b2, spec, x.dtype)
 

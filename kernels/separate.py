@@ -76,6 +76,11 @@ def lists(
     return w1, list(w2.unbind()), b1, [] if b2 is None else list(b2.unbind())
 
 
+def joined(b_gate: Tensor | None, b_up: Tensor | None) -> Tensor | None:
+    """The biases of gate and up [E, I] as halves of one [E, 2I]."""
+    return None if b_gate is None or b_up is None else torch.cat((b_gate, b_up), 1)
+
+
 def _product(x: Tensor, w: Tensor, bias: Tensor | None, spec: MoeSpec) -> Tensor:
     y = linear(x, w.t() if spec.transposed else w)
     return y if bias is None else y + bias

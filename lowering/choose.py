@@ -14,6 +14,8 @@ from braze.kernels.spec import MoeSpec, RouteSpec
 from braze.kernels.triton import compat
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
+from braze.kernels.triton import separate as triton_separate
+from braze.kernels.triton.weights import Weights
 from braze.lowering import gate, rotations
 from braze.lowering.rotations import Turn, turn
 
@@ -77,27 +79,33 @@ def choose_separate(call: fx.Node) -> tuple[str, str]:
     attributes: Any = call.kwargs
     x, ids, weights, w1, w2, b1, b2 = args
     in_turn = "one expert after the other, weights where they lie: nothing is stacked"
-    if x.device.type != "cpu":
-        return "separate", in_turn
-    refusal = cpp_separate.supports(x, ids, weights, w1, w2, b1, b2, MoeSpec(**attributes))
+    name, kernel, why = _SEPARATE.get(compat.platform(x.device), (None, None, ""))
+    if kernel is None:
+        return "separate", f"{in_turn}; no kernel of braze's for {x.device.type}"
+    refusal = kernel.supports(x, ids, weights, w1, w2, b1, b2, MoeSpec(**attributes))
     if refusal is not None:
-        return "separate", f"{in_turn}; the cpp kernel does not take this ({refusal})"
-    return "cpp", "one C++ call with a pointer an expert, rows gathered in place, weights where they lie"
+        return "separate", f"{in_turn}; the {name} kernel does not take this ({refusal})"
+    return name, why
 
 
 def choose_apart(call: fx.Node) -> tuple[str, str]:
-    """(kernel, why) for a `braze::moe_apart` call: "aten" opens it up, the others make it `braze::moe_separate`."""
+    """(kernel, why) for a `braze::moe_apart` call: "aten" opens it up, "cpp" makes it `braze::moe_separate`."""
     args: Any = fx.node.map_arg(call.args, lambda n: n.meta["val"])
     attributes: Any = call.kwargs
     x, ids, weights, gate, up, w2, b_gate, b_up, b2 = args
     composed = "grouped products on sorted rows, one for gate and one for up: they are two tensors"
-    if x.device.type != "cpu":
-        return "aten", composed
-    lists = separate.lists(gate, up, w2, b_gate, b_up, b2)
-    refusal = cpp_separate.supports(x, ids, weights, *lists, MoeSpec(**attributes))
+    spec = MoeSpec(**attributes)
+    name, kernel, why = _SEPARATE.get(compat.platform(x.device), (None, None, ""))
+    if kernel is None:
+        return "aten", f"{composed}; no kernel of braze's for {x.device.type}"
+    if kernel is triton_separate:
+        why = _TRITON[2]
+        refusal = triton_moe.supports(x, ids, weights, Weights(gate, up), w2, b_gate, b2, spec)
+    else:
+        refusal = kernel.supports(x, ids, weights, *separate.lists(gate, up, w2, b_gate, b_up, b2), spec)
     if refusal is not None:
-        return "aten", f"{composed}; the cpp kernel does not take this ({refusal})"
-    return "cpp", "one C++ call with a pointer an expert, rows gathered in place, weights where they lie"
+        return "aten", f"{composed}; the {name} kernel does not take this ({refusal})"
+    return name, why
 
 
 def choose_mlp(call: fx.Node, forced: str) -> tuple[str, str]:
@@ -147,6 +155,21 @@ _ROUTE: dict[str, Any] = {
     "xpu": _ROUTE_TRITON,
 }
 _TRITON = ("triton", triton_moe, "two products whose rows, bias, activation and weights are handled inside them")
+_TRITON_SEPARATE = (
+    "triton",
+    triton_separate,
+    "the kernels of stacked experts, which find each by a table of addresses",
+)
+#: device -> (name, module, why) of its kernel for experts whose weights are several tensors
+_SEPARATE: dict[str, Any] = {
+    "cpu": (
+        "cpp",
+        cpp_separate,
+        "one C++ call with a pointer an expert, rows gathered in place, weights where they lie",
+    ),
+    "cuda": _TRITON_SEPARATE,
+    "xpu": _TRITON_SEPARATE,
+}
 #: device -> (name, module, why) of its kernel
 _MOE: dict[str, Any] = {
     "cpu": ("cpp", cpp_moe, "one C++ call, rows gathered in place, each expert's weights read once"),

@@ -13,6 +13,7 @@ from torch import fx
 from braze.kernels.cpp import mlp, moe, moe_separate
 from braze.kernels.cpp.source import argument_types
 from braze.kernels.spec import MoeSpec
+from braze.kernels.triton import compat
 from braze.lowering import inductor
 
 
@@ -21,7 +22,7 @@ def lower_moe(
 ) -> Any:
     """`braze::moe` as the call, or whole where the kernel does not take it (another device, another dtype ...)."""
     spec, known = MoeSpec(**attributes), fakes(inductor.current_call())
-    if moe.supports(*known, spec) is not None:
+    if compat.platform(known[0].device) != "cpu" or moe.supports(*known, spec) is not None:
         return inductor.whole(torch.ops.braze.moe.default)(x, ids, weights, w1, w2, b1, b2, **attributes)
     given = [x if b is None else b for b in (b1, b2)]
 
@@ -41,7 +42,7 @@ def lower_separate(
 ) -> Any:
     """`braze::moe_separate` likewise."""
     spec, lists, known = MoeSpec(**attributes), (w1, w2, b1, b2), fakes(inductor.current_call())
-    if moe_separate.supports(*known, spec) is not None:
+    if compat.platform(known[0].device) != "cpu" or moe_separate.supports(*known, spec) is not None:
         return inductor.whole(torch.ops.braze.moe_separate.default)(x, ids, weights, *lists, **attributes)
     tensors = moe_separate.counts(*lists)
 

@@ -9,6 +9,7 @@ from braze.kernels import aten, separate
 from braze.kernels.spec import MoeSpec, RouteSpec
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
+from braze.kernels.triton.weights import Weights
 from braze.lowering import cpp_call, cpp_rope, gate, inductor, rope_loops, rotations, vendor
 from braze.lowering.choose import choose_apart, choose_mlp, choose_moe, choose_rope, choose_route, choose_separate
 from braze.lowering.inline import inline, inline_all
@@ -22,6 +23,7 @@ def register() -> None:
     inductor.register(torch.ops.braze.gate_into.default, gate.lower)
     inductor.register(torch.ops.braze.moe.default, cpp_call.lower_moe)
     inductor.register(torch.ops.braze.moe_separate.default, cpp_call.lower_separate)
+    inductor.register(torch.ops.braze.moe_apart.default, inductor.whole(torch.ops.braze.moe_apart.default))
     inductor.register(torch.ops.braze.mlp.default, cpp_call.lower_mlp)
 
 
@@ -54,7 +56,7 @@ def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str
                 inline(call, _compose_mlp, inductor.decompositions())
         elif call.target.name() == "braze::moe_apart":  # type: ignore[union-attr]
             kernel, why = choose_apart(call)
-            inline(call, _compose_apart if kernel == "aten" else _as_separate, inductor.decompositions())
+            _apply_apart(call, kernel)
         else:
             kernel, why = vendor.choose(call, "moe", forced.get("moe", "auto"), choose_moe)
             _apply_moe(call, kernel)
@@ -88,9 +90,20 @@ def _apply_moe(call: fx.Node, kernel: str) -> None:
         inline(call, by_vendor, inductor.decompositions())
     elif kernel == "aten":
         inline(call, _compose_moe, inductor.decompositions())
-    elif kernel == "triton" and all(isinstance(s, int) for s in call.meta["val"].shape):
-        # Tiles are chosen by the number of tokens: where that is known, the launches become a part of the graph.
+    elif kernel == "triton" and _sized(call):
         inline(call, _launch_moe, inductor.decompositions())
+
+
+def _apply_apart(call: fx.Node, kernel: str) -> None:
+    if kernel != "triton":
+        inline(call, _compose_apart if kernel == "aten" else _as_separate, inductor.decompositions())
+    elif _sized(call):
+        inline(call, _launch_apart, inductor.decompositions())
+
+
+def _sized(call: fx.Node) -> bool:
+    """Whether the number of tokens is known, by which tiles are chosen: then the launches become a part of the graph."""
+    return all(isinstance(s, int) for s in call.meta["val"].shape)
 
 
 def _apply_route(call: fx.Node, kernel: str) -> None:
@@ -143,6 +156,11 @@ def _compose_mlp(x, w1, w2, b1, b2, **attributes) -> Tensor:  # type: ignore[no-
 def _as_separate(x, ids, weights, gate, up, w2, b_gate, b_up, b2, **attributes):  # type: ignore[no-untyped-def]
     lists = separate.lists(gate, up, w2, b_gate, b_up, b2)
     return torch.ops.braze.moe_separate(x, ids, weights, *lists, **attributes)
+
+
+def _launch_apart(x, ids, weights, gate, up, w2, b_gate, b_up, b2, **attributes) -> Tensor:  # type: ignore[no-untyped-def]
+    first, b1 = Weights(gate, up), separate.joined(b_gate, b_up)
+    return triton_moe.launch(x, ids, weights, first, w2, b1, b2, MoeSpec(**attributes), start=inductor.start)
 
 
 def _launch_moe(x, ids, weights, w1, w2, b1=None, b2=None, **attributes) -> Tensor:  # type: ignore[no-untyped-def]

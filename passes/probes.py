@@ -114,7 +114,10 @@ def agree(runs: list[Probe], spec: RouteSpec, ids_only: bool = False) -> bool:
 
 
 def difference(run: Probe, spec: RouteSpec, ids_only: bool = False) -> float:
-    """The largest difference of a weight relative to its token's largest; infinity where other experts are chosen."""
+    """The largest difference of a weight relative to its token's largest; infinity where other experts are chosen, or results
+    lie otherwise."""
+    if run.weights.shape[:-1] != run.ids.shape[:-1]:
+        return math.inf
     got, expected = results(run, spec)
     if not torch.equal(got.ids, expected.ids):
         return math.inf

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import braze
 from braze.backend import _tell_break, collect
-from braze.loops import KeepsLoop, is_loop, unlooped, without_loops
+from braze.loops import is_loop, without_loops
 from braze.unlooped import Unlooped
+from braze.unlooping import KeepsLoop, unlooped
 from tests.families import build, inputs
 from tests.harness import Fused, assert_close
 
@@ -309,28 +310,3 @@ def test_a_captured_piece_is_told_with_what_to_do(caplog: pytest.LogCaptureFixtu
     assert told
     assert len(told) == len(set(told))
     assert "braze.fuse(model)" in told[0]
-
-
-class ChoosesToo(nn.Module):
-    """Mixtral's block as it was before transformers 5: gate and loop in one forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = nn.Linear(32, 4, bias=False)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(32, 16), nn.SiLU(), nn.Linear(16, 32)) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights, ids = self.gate(x).softmax(-1).topk(2, -1)
-        out = torch.zeros_like(x)
-        for e, expert in enumerate(self.experts):
-            rows, slots = torch.where(ids == e)
-            out.index_add_(0, rows, expert(x[rows]) * weights[rows, slots, None])
-        return out
-
-
-def test_a_loop_where_experts_are_chosen_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
-    model = nn.ModuleDict({"moe": ChoosesToo(), "layers": nn.ModuleList(nn.Linear(32, 32) for _ in range(2))})
-    with caplog.at_level(logging.WARNING, "braze"):
-        without_loops(model)
-    (message,) = [r.getMessage() for r in caplog.records]
-    assert message.startswith("moe keeps its loop over experts: it chooses them itself")

@@ -12,8 +12,9 @@ from torch import Tensor
 from braze.kernels import reference
 from braze.kernels.expression import apply_torch
 from braze.kernels.spec import MoeSpec
-from braze.kernels.triton import activation, compat, moe
+from braze.kernels.triton import activation, compat, moe, separate
 from braze.kernels.triton.choose_config import CONFIGS, FEW, Config, Problem, Tile, choose_config, model
+from braze.kernels.triton.weights import Weights
 from braze.lowering import inductor
 from braze.lowering.lower import lower
 
@@ -72,11 +73,25 @@ def make(c: Case) -> tuple[Any, ...]:
     return x, ids.to(DEVICE, c.id_dtype), torch.rand(shape).to(DEVICE), w1, w2, b1, b2
 
 
-def compare(c: Case, config: Config | None = None) -> None:
+def stored(how: str, w1: Tensor, w2: Tensor, spec: MoeSpec) -> tuple[tuple[Any, Any], list[Tensor]]:
+    """Stacked weights as they are, with gate's and up's "apart", or with a tensor for each expert: "separate", "pairs"; and
+    what has to be kept for as long as they are used."""
+    if how == "stacked":
+        return (w1, w2), []
+    halves = [w.contiguous() for w in w1.chunk(2, 2 if spec.transposed else 1)] if how in ("apart", "pairs") else [w1]
+    if how == "apart":
+        return (Weights(*halves), w2), []
+    firsts = [half[e].clone() for e in range(len(w2)) for half in halves]
+    seconds = [w.clone() for w in w2]
+    return separate.stacked(firsts, seconds), firsts + seconds
+
+
+def compare(c: Case, config: Config | None = None, how: str = "stacked") -> None:
     x, ids, weights, w1, w2, b1, b2 = make(c)
     wide = [t if t is None else t.double() for t in (w1, w2, b1, b2)]
     exact = dataclasses.replace(c.spec, out_dtype=torch.float64)
     want = reference.moe(x.double(), ids, weights.double(), *wide, exact)  # type: ignore[arg-type]
+    (w1, w2), _kept = stored(how, w1, w2, c.spec)
     got = moe.launch(x, ids, weights, w1, w2, b1, b2, c.spec, config)
     assert got.dtype == (c.spec.out_dtype or c.dtype)
     assert got.shape == want.shape
@@ -99,6 +114,7 @@ CASES = {
     "on_input": Case(top_k=3, spec=MoeSpec(GELU, weight_on="input"), bias=torch.bfloat16),
     "scale": Case(spec=MoeSpec(SILU, scale=2.5, out_dtype=torch.float32), bias=torch.float32),
     "odd": Case(hidden=72, intermediate=40, spec=MoeSpec(SILU, layout="interleaved")),
+    "odd halves": Case(hidden=72, intermediate=40, bias=torch.float32),
     "odd transposed": Case(hidden=72, intermediate=40, spec=MoeSpec(SILU, transposed=True)),
     "invalid": Case(tokens=9, ids="invalid", bias=torch.float32),
     "invalid k=1": Case(tokens=9, top_k=1, ids="invalid", id_dtype=torch.int32),
@@ -138,6 +154,27 @@ def test_descriptors_and_persistent_programs(name: str) -> None:
     """On a GPU without tile copies the same configs run through pointers."""
     case = dataclasses.replace(CASES[name], hidden=80, tokens=2 * CASES[name].tokens)
     compare(case, config(False, rows=64, descriptors=True, programs=1))
+
+
+APART = ["silu", "llama4", "on_input", "scale", "odd halves", "odd transposed", "invalid", "fp16", "fp32", "many"]
+SEPARATE = ["silu", "none", "gpt_oss", "llama4", "odd", "invalid", "fp32", "many"]
+STORED = [("apart", n) for n in APART] + [("pairs", n) for n in APART] + [("separate", n) for n in SEPARATE]
+
+
+@needs_device
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "sorted"])
+@pytest.mark.parametrize(("how", "name"), STORED)
+def test_weights_of_several_tensors(how: str, name: str, direct: bool) -> None:
+    compare(CASES[name], config(direct), how)
+
+
+@needs_device
+@pytest.mark.parametrize("name", ["silu", "llama4", "odd halves", "odd transposed", "many"])
+def test_descriptors_of_gate_and_up(name: str) -> None:
+    case = dataclasses.replace(CASES[name], hidden=80, tokens=2 * CASES[name].tokens)
+    for tiles in (config(False, rows=64, descriptors=True, programs=1), config(False, rows=64, descriptors=True)):
+        compare(case, dataclasses.replace(tiles, permute=True), "apart")
+        compare(case, dataclasses.replace(tiles, permute=True), "pairs")
 
 
 @needs_device

@@ -108,6 +108,12 @@ def overlaps_launches(device: torch.device) -> bool:
     return bool(HAVE_DEPENDENT_LAUNCH)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched becomes a part of a CUDA graph, or of an XPU's."""
+    ask = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
+    return bool(ask is not None and ask())
+
+
 def processors(device: torch.device) -> int:
     """How many programs a device runs side by side: multiprocessors of an NVIDIA GPU, Xe cores of an Intel one."""
     found = simulated.get(device.type)

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from braze.kernels.triton import compat
 from braze.kernels.triton.intrinsics import launch_dependents, wait
-from braze.kernels.triton.rows import direct, listed, prefetch_weights, zero_rows
+from braze.kernels.triton.rows import direct, expert_weight, listed, prefetch_weights, zero_rows
 
 ARRIVALS = tl.constexpr(compat.ARRIVALS)
 
@@ -22,7 +22,7 @@ def activation(g, u):
 
 @triton.jit
 def moe_gemm(
-    a, w, bias, weight, out, ids, order, tiles, arrivals, result, a_desc, a_half, w_desc,
+    a, w, up, bias, weight, out, ids, order, tiles, arrivals, result, a_desc, a_half, w_desc,
     rows, columns, inner, experts, limit, span, scale,
     a_row, w_expert, w_column, w_inner, bias_expert, out_row, out_split,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -30,24 +30,26 @@ def moe_gemm(
     FIRST: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     A_DESC: tl.constexpr, W_DESC: tl.constexpr, W_ROWS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
     FLATTEN: tl.constexpr, A_BLOCK: tl.constexpr, W_BLOCK: tl.constexpr, HALVES: tl.constexpr,
-    SUM: tl.constexpr,
+    TWICE: tl.constexpr, TABLE: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """FIRST: of the two products. GATHER: a is x, read at row // TOP_K; otherwise a's rows are in this call's order of rows.
 
-    columns: of `out`; LAYOUT: of gate and up among w's columns, "none" where there is no gate; SLOTS: 0 for tiles from the
-    list, otherwise a power of two >= rows. The inner dimension is cut in SPLIT stretches of `span`, each with a result of
-    its own. W_ROWS: w's inner dimension is contiguous. OVERLAP: the launches of a call may overlap. A_BLOCK, W_BLOCK: read in
-    blocks as an XPU loads them. FLATTEN: the loop over tiles and that over the inner dimension become one, so that a tile's
-    first loads are made during the one before. HALVES: tiles at most half full are multiplied as half as many rows.
-    SUM: of a single token's results; the first product sets `arrivals`, a number for each block of columns, to 0, and the
-    program that finishes the last part of a block in the second writes the sum to `result`.
+    columns: of `out`; LAYOUT: of gate and up among w's columns, "none" where there is no gate, "apart" where `up` has up's;
+    TABLE: w has the experts' addresses, gate's and up's in turn where they are apart. SLOTS: 0 for tiles from the list,
+    otherwise a power of two >= rows. The inner dimension is cut in SPLIT stretches of `span`, each with a result of its own.
+    W_ROWS: w's inner dimension is contiguous. OVERLAP: the launches of a call may overlap. A_BLOCK, W_BLOCK: read in blocks as
+    an XPU loads them. TWICE: gate and up in two loops, as two products in one spill there. FLATTEN: the loop over tiles and
+    that over the inner dimension become one, so that a tile's first loads are made during the one before. HALVES: tiles at
+    most half full are multiplied as half as many rows. SUM: of a single token's results; the first product sets `arrivals`,
+    a number for each block of columns, to 0, and the program that finishes the last part of a block in the second writes the
+    sum to `result`.
     """
     COLS: tl.constexpr = BN // 2 if LAYOUT != "none" else BN
     blocks = tl.cdiv(columns, COLS) * SPLIT
     if OVERLAP:
         launch_dependents()
         if (not FIRST and SLOTS > 0) and W_ROWS:
-            prefetch_weights(w, ids, columns, inner, experts, span, w_expert, w_column, blocks, BN, SPLIT)
+            prefetch_weights(a, w, ids, columns, inner, experts, span, w_expert, w_column, blocks, BN, SPLIT, TABLE)
         if not FIRST or SLOTS == 0:
             wait()
     if SUM and FIRST:  # noqa: SIM102
@@ -64,27 +66,27 @@ def moe_gemm(
         if HALVES:
             if height <= BM // 2:
                 _tile(
-                    a, w, bias, weight, out, order, a_half, w_desc, expert, own, start, height, block,
+                    a, w, up, bias, weight, out, order, a_half, w_desc, expert, own, start, height, block,
                     rows, columns, inner, experts, span, scale,
                     a_row, w_expert, w_column, w_inner, bias_expert, out_row, out_split,
                     TOP_K, GATHER, BM // 2, BN, BK, SPLIT, SLOTS > 0, LAYOUT, FIRST, BIAS, WEIGHT, EVEN_N, EVEN_K,
-                    A_DESC, W_DESC, W_ROWS, PRECISION, A_BLOCK, W_BLOCK,
+                    A_DESC, W_DESC, W_ROWS, PRECISION, A_BLOCK, W_BLOCK, TWICE, TABLE,
                 )  # fmt: skip
             else:
                 _tile(
-                    a, w, bias, weight, out, order, a_desc, w_desc, expert, own, start, height, block,
+                    a, w, up, bias, weight, out, order, a_desc, w_desc, expert, own, start, height, block,
                     rows, columns, inner, experts, span, scale,
                     a_row, w_expert, w_column, w_inner, bias_expert, out_row, out_split,
                     TOP_K, GATHER, BM, BN, BK, SPLIT, SLOTS > 0, LAYOUT, FIRST, BIAS, WEIGHT, EVEN_N, EVEN_K,
-                    A_DESC, W_DESC, W_ROWS, PRECISION, A_BLOCK, W_BLOCK,
+                    A_DESC, W_DESC, W_ROWS, PRECISION, A_BLOCK, W_BLOCK, TWICE, TABLE,
                 )  # fmt: skip
         else:
             _tile(
-                a, w, bias, weight, out, order, a_desc, w_desc, expert, own, start, height, block,
+                a, w, up, bias, weight, out, order, a_desc, w_desc, expert, own, start, height, block,
                 rows, columns, inner, experts, span, scale,
                 a_row, w_expert, w_column, w_inner, bias_expert, out_row, out_split,
                 TOP_K, GATHER, BM, BN, BK, SPLIT, SLOTS > 0, LAYOUT, FIRST, BIAS, WEIGHT, EVEN_N, EVEN_K,
-                A_DESC, W_DESC, W_ROWS, PRECISION, A_BLOCK, W_BLOCK,
+                A_DESC, W_DESC, W_ROWS, PRECISION, A_BLOCK, W_BLOCK, TWICE, TABLE,
             )  # fmt: skip
 
         if SUM and not FIRST:
@@ -97,18 +99,18 @@ def moe_gemm(
 
 @triton.jit
 def _tile(
-    a, w, bias, weight, out, order, a_desc, w_desc, expert, own, start, height, block,
+    a, w, up, bias, weight, out, order, a_desc, w_desc, expert, own, start, height, block,
     rows, columns, inner, experts, span, scale,
     a_row, w_expert, w_column, w_inner, bias_expert, out_row, out_split,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     DIRECT: tl.constexpr, LAYOUT: tl.constexpr, FIRST: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, A_DESC: tl.constexpr, W_DESC: tl.constexpr, W_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr, A_BLOCK: tl.constexpr, W_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, A_BLOCK: tl.constexpr, W_BLOCK: tl.constexpr, TWICE: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """Block `block` of one tile's columns: rows `own` (-1: none) where DIRECT, otherwise `height` rows from `start` on."""
-    PAIR: tl.constexpr = (W_DESC and LAYOUT == "halves") and not W_ROWS  # gate and up in two boxes of a descriptor
-    TWICE: tl.constexpr = W_BLOCK and LAYOUT == "halves"  # gate and up in two loops: two products in one loop spill
+    BESIDE: tl.constexpr = (LAYOUT == "halves" or LAYOUT == "apart") and not TWICE  # a tile of gate, then one of up
     COLS: tl.constexpr = BN // 2 if LAYOUT != "none" else BN
+    WIDE: tl.constexpr = COLS if TWICE else BN
     steps = tl.cdiv(span, BK)
     if DIRECT:
         inside = own >= 0
@@ -125,8 +127,8 @@ def _tile(
     k0 = block % SPLIT * span
     e = tl.minimum(expert, experts - 1).to(tl.int64)
 
-    j = tl.arange(0, BN)
-    if LAYOUT == "halves":
+    j = tl.arange(0, WIDE)
+    if BESIDE:
         column = n0 + j % COLS + j // COLS * columns
         column_fits = n0 + j % COLS < columns
     elif LAYOUT == "interleaved":
@@ -138,16 +140,24 @@ def _tile(
     k = tl.arange(0, BK)
     a_index = row // TOP_K if GATHER else position
     a_pointer = a + a_index.to(tl.int64)[:, None] * a_row + (k0 + k)[None, :]
-    w_pointer = w + e * w_expert + column.to(tl.int64)[None, :] * w_column
-    w_pointer += (k0 + k).to(tl.int64)[:, None] * w_inner
-    acc = tl.zeros((BM, COLS if PAIR or TWICE else BN), tl.float32)
-    acc_up = tl.zeros((BM, COLS if PAIR or TWICE else 16), tl.float32)
+    w_first = expert_weight(w, e, w_expert, a, 0, TABLE, LAYOUT)
+    w_pointer = w_first + (k0 + k).to(tl.int64)[:, None] * w_inner
+    if LAYOUT == "apart":
+        up_first = expert_weight(up, e, w_expert, a, 1, TABLE, LAYOUT)
+        if BESIDE:  # one product: two of half the width would read the rows from shared memory twice
+            first = tl.where(j < COLS, w_first, up_first)
+            w_pointer = first[None, :] + (k0 + k).to(tl.int64)[:, None] * w_inner
+            w_pointer += (n0 + j % COLS).to(tl.int64)[None, :] * w_column
+        else:
+            w_pointer += column.to(tl.int64)[None, :] * w_column
+    else:
+        w_pointer += column.to(tl.int64)[None, :] * w_column
+    acc = tl.zeros((BM, WIDE), tl.float32)
+    acc_up = tl.zeros((BM, COLS if TWICE else 16), tl.float32)
     e32 = e.to(tl.int32)
-    wide: tl.constexpr = COLS if TWICE else BN
     if W_BLOCK:
-        w_first = w + e * w_expert
-        total = 2 * columns if LAYOUT != "none" and not TWICE else columns
-        w_block = _block(w_first, inner, total, w_column, w_inner, k0, column_start(n0, LAYOUT), BK, wide, W_ROWS)
+        total = columns if LAYOUT == "none" or TWICE else 2 * columns
+        w_block = _block(w_first, inner, total, w_column, w_inner, k0, column_start(n0, LAYOUT), BK, WIDE, W_ROWS)
     if A_BLOCK:
         a_block = tl.make_block_ptr(a, (rows, inner), (a_row, 1), (start, k0), (BM, BK), (1, 0))
     for step in range(steps):
@@ -170,23 +180,19 @@ def _tile(
             w_tile = tl.load(w_block, boundary_check=(0, 1), padding_option="zero")
             w_block = tl.advance(w_block, (BK, 0))
         elif W_DESC:
-            w_tile = w_desc.load([e32, kk, column_start(n0, LAYOUT)]).reshape(BK, COLS if PAIR else BN)
+            w_tile = w_desc.load([e32, kk, column_start(n0, LAYOUT)]).reshape(BK, BN)
         else:
-            if EVEN_N and EVEN_K:
-                w_tile = tl.load(w_pointer)
-            elif EVEN_N:
-                w_tile = tl.load(w_pointer, mask=(kk + k < inner)[:, None], other=0.0)
-            else:
-                w_tile = tl.load(w_pointer, mask=(kk + k < inner)[:, None] & column_fits[None, :], other=0.0)
+            w_tile = _weights(w_pointer, kk + k < inner, column_fits, EVEN_N, EVEN_K)
             w_pointer += BK * w_inner
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
-        if PAIR:
-            up_tile = w_desc.load([e32, kk, columns + n0]).reshape(BK, COLS)
-            acc_up = tl.dot(x_tile, up_tile, acc_up, input_precision=PRECISION)
     if TWICE:
         a_pointer = a + a_index.to(tl.int64)[:, None] * a_row + (k0 + k)[None, :]
-        w_first += columns.to(tl.int64) * w_column
-        w_block = _block(w_first, inner, columns, w_column, w_inner, k0, n0, BK, COLS, W_ROWS)
+        if LAYOUT == "halves":
+            up_first = w_first + columns.to(tl.int64) * w_column
+        else:
+            w_pointer = up_first + (k0 + k).to(tl.int64)[:, None] * w_inner + column.to(tl.int64)[None, :] * w_column
+        if W_BLOCK:
+            w_block = _block(up_first, inner, columns, w_column, w_inner, k0, n0, BK, COLS, W_ROWS)
         if A_BLOCK:
             a_block = tl.make_block_ptr(a, (rows, inner), (a_row, 1), (start, k0), (BM, BK), (1, 0))
         for step in range(steps):
@@ -197,8 +203,12 @@ def _tile(
                 a_mask = inside[:, None] if EVEN_K else inside[:, None] & (k0 + step * BK + k < inner)[None, :]
                 x_tile = tl.load(a_pointer, mask=a_mask, other=0.0)
                 a_pointer += BK
-            up_tile = tl.load(w_block, boundary_check=(0, 1), padding_option="zero")
-            w_block = tl.advance(w_block, (BK, 0))
+            if W_BLOCK:
+                up_tile = tl.load(w_block, boundary_check=(0, 1), padding_option="zero")
+                w_block = tl.advance(w_block, (BK, 0))
+            else:
+                up_tile = _weights(w_pointer, k0 + step * BK + k < inner, column_fits, EVEN_N, EVEN_K)
+                w_pointer += BK * w_inner
             acc_up = tl.dot(x_tile, up_tile, acc_up, input_precision=PRECISION)
 
     n = n0 + tl.arange(0, COLS)
@@ -207,16 +217,16 @@ def _tile(
     if FIRST and WEIGHT:
         acc = acc * factor
         acc_up = acc_up * factor
-    if BIAS and not (PAIR or TWICE):
+    if BIAS and not TWICE:
         b = tl.load(bias + e * bias_expert + column, mask=column_fits, other=0.0).to(tl.float32)
         acc += tl.where(k0 == 0, b, 0.0)[None, :]
-    if PAIR or TWICE:
+    if TWICE:
         g, u = acc, acc_up
         if BIAS:
             g += tl.load(bias + e * bias_expert + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
             u += tl.load(bias + e * bias_expert + columns + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
         y = activation(g, u)
-    elif LAYOUT == "halves":
+    elif BESIDE:
         g, u = tl.split(tl.permute(tl.reshape(acc, (BM, 2, COLS)), (0, 2, 1)))
         y = activation(g, u)
     elif LAYOUT == "interleaved":
@@ -235,6 +245,18 @@ def _tile(
     target = out + (block % SPLIT).to(tl.int64) * out_split
     target += (position if FIRST else row).to(tl.int64)[:, None] * out_row
     _store(target, y.to(out.dtype.element_ty), inside, n0, columns, BM, COLS)
+
+
+@triton.jit
+def _weights(pointer, inside, fits, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr):
+    """A tile [BK, N] of weights through pointers, zeros beyond the ends."""
+    if EVEN_N and EVEN_K:
+        tile = tl.load(pointer)
+    elif EVEN_N:
+        tile = tl.load(pointer, mask=inside[:, None], other=0.0)
+    else:
+        tile = tl.load(pointer, mask=inside[:, None] & fits[None, :], other=0.0)
+    return tile
 
 
 @triton.jit

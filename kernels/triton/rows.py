@@ -49,9 +49,30 @@ def listed(tiles, unit, blocks, limit, GROUP: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
+def expert_weight(w, e, w_expert, a, part, TABLE: tl.constexpr, LAYOUT: tl.constexpr):
+    """Where expert e's weight begins: at e * w_expert, or at the address in a table; the element is a's.
+
+    part: 1 for up's weight, whose address follows gate's in the table where they are "apart". Addresses are multiples of 16.
+    """
+    if TABLE:
+        place = w + (2 * e + part if LAYOUT == "apart" else e)
+        found = tl.multiple_of(tl.load(place).to(tl.pointer_type(a.dtype.element_ty)), 16)
+    else:
+        found = w + e * w_expert
+    return found
+
+
+@triton.jit
+def send_table(table, host, count, BLOCK: tl.constexpr):
+    """table = host, which is in pinned memory."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(table + n, tl.load(host + n, mask=n < count), mask=n < count)
+
+
+@triton.jit
 def prefetch_weights(
-    w, ids, columns, inner, experts, span, w_expert, w_column, blocks,
-    BN: tl.constexpr, SPLIT: tl.constexpr,
+    a, w, ids, columns, inner, experts, span, w_expert, w_column, blocks,
+    BN: tl.constexpr, SPLIT: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """Brings the first PREFETCH elements of each weight row of a direct second product's first tile into L2."""
     unit = tl.program_id(0)
@@ -61,7 +82,8 @@ def prefetch_weights(
     k = block % SPLIT * span + tl.arange(0, PREFETCH // LINE) * LINE
     k = tl.minimum(k, inner - 1)
     expert = tl.where((expert >= 0) & (expert < experts), expert, 0)
-    pointer = w + expert * w_expert + tl.minimum(column, columns - 1).to(tl.int64)[:, None] * w_column + k[None, :]
+    first = expert_weight(w, expert, w_expert, a, 0, TABLE, "none")
+    pointer = first + tl.minimum(column, columns - 1).to(tl.int64)[:, None] * w_column + k[None, :]
     prefetch(pointer)
 
 

@@ -13,6 +13,8 @@ from braze.kernels.triton import activation as activations
 from braze.kernels.triton.choose_config import Config
 from braze.kernels.triton.compat import Start
 from braze.kernels.triton.intrinsics import launch_dependents, wait
+from braze.kernels.triton.rows import expert_weight
+from braze.kernels.triton.weights import Weights
 
 
 @triton.jit
@@ -23,14 +25,14 @@ def activation(g, u):
 
 @triton.jit
 def moe_vector_up(
-    x, w, bias, weight, out, ids, inner, columns, experts, x_row, w_expert, w_column, bias_expert,
+    x, w, up, bias, weight, out, ids, inner, columns, experts, x_row, w_expert, w_column, bias_expert,
     TOP_K: tl.constexpr, COLS: tl.constexpr, BK: tl.constexpr, LAYOUT: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr,
-    EVEN_K: tl.constexpr, OVERLAP: tl.constexpr,
+    EVEN_K: tl.constexpr, TABLE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out[row] = activation(x[row // k] @ w[ids[row]] + bias), COLS columns: x [T, inner], w [E, N, inner] -> [T * k, columns].
 
-    LAYOUT: of gate and up among w's N columns. WEIGHT: the router's weight is on the input. Nothing is written for an id that
-    is none. OVERLAP: the launches of a call may overlap.
+    LAYOUT: of gate and up among w's N columns, "apart" where up has up's; TABLE: as in `gemm`. WEIGHT: the router's weight is
+    on the input. Nothing is written for an id that is none. OVERLAP: the launches of a call may overlap.
     """
     if OVERLAP:
         wait()
@@ -39,7 +41,8 @@ def moe_vector_up(
     n0 = tl.program_id(0) * COLS
     expert = tl.load(ids + this)
     if (expert >= 0) & (expert < experts):
-        R: tl.constexpr = COLS if LAYOUT == "none" else 2 * COLS
+        PAIR: tl.constexpr = LAYOUT == "apart"
+        R: tl.constexpr = COLS if LAYOUT == "none" or PAIR else 2 * COLS
         e = expert.to(tl.int64)
         j = tl.arange(0, R)
         if LAYOUT == "halves":
@@ -52,21 +55,37 @@ def moe_vector_up(
             column = n0 + j
             fits = column < columns
         k = tl.arange(0, BK)
-        row = w + e * w_expert + column.to(tl.int64)[:, None] * w_column + k[None, :]
+        offset = column.to(tl.int64)[:, None] * w_column + k[None, :]
+        row = expert_weight(w, e, w_expert, x, 0, TABLE, LAYOUT) + offset
+        if PAIR:
+            up_row = expert_weight(up, e, w_expert, x, 1, TABLE, LAYOUT) + offset
         x += (this // TOP_K).to(tl.int64) * x_row
         acc = tl.zeros((R, BK // 8), tl.float32)
+        acc_up = tl.zeros((R if PAIR else 1, BK // 8), tl.float32)
         for k0 in range(0, inner, BK):
             inside = k0 + k < inner
             mask = fits[:, None] if EVEN_K else fits[:, None] & inside[None, :]
             part = tl.load(row + k0, mask=mask, other=0.0)
+            if PAIR:
+                up_part = tl.load(up_row + k0, mask=mask, other=0.0)
             vector = tl.load(x + k0 + k, mask=inside, other=0.0)
             acc += _products(part, vector[None, :], R, BK)
+            if PAIR:
+                acc_up += _products(up_part, vector[None, :], R, BK)
         total = tl.sum(acc, 1)
+        total_up = tl.sum(acc_up, 1)
         if WEIGHT:
-            total *= tl.load(weight + this).to(tl.float32)
+            factor = tl.load(weight + this).to(tl.float32)
+            total *= factor
+            total_up *= factor
         if BIAS:
-            total += tl.load(bias + e * bias_expert + column, mask=fits, other=0.0).to(tl.float32)
-        if LAYOUT == "halves":
+            b = bias + e * bias_expert + column
+            total += tl.load(b, mask=fits, other=0.0).to(tl.float32)
+            if PAIR:
+                total_up += tl.load(b + columns, mask=fits, other=0.0).to(tl.float32)
+        if PAIR:
+            y = activation(total, total_up)
+        elif LAYOUT == "halves":
             g, u = tl.split(tl.permute(tl.reshape(total, (2, COLS)), (1, 0)))
             y = activation(g, u)
         elif LAYOUT == "interleaved":
@@ -82,7 +101,7 @@ def moe_vector_up(
 def moe_vector_down(
     a, w, bias, weight, out, ids, inner, columns, experts, scale, w_expert, w_column, bias_expert,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, COLS: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
-    WEIGHT: tl.constexpr, EVEN_K: tl.constexpr, COMBINE: tl.constexpr, OVERLAP: tl.constexpr,
+    WEIGHT: tl.constexpr, EVEN_K: tl.constexpr, COMBINE: tl.constexpr, TABLE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out[t] = scale * sum_j weight * (a[row] @ w[ids[row]] + bias), row = t * k + j, COLS columns: a [T * k, inner],
     w [E, columns, inner].
@@ -103,14 +122,15 @@ def moe_vector_down(
     e = tl.where(there, expert, 0).to(tl.int64)
     live = there & (column < columns)
     k = tl.arange(0, BK)
-    row = w + e[:, None] * w_expert + column.to(tl.int64)[:, None] * w_column + k[None, :]
+    first = expert_weight(w, e, w_expert, a, 0, TABLE, "none")
+    row = first[:, None] + column.to(tl.int64)[:, None] * w_column + k[None, :]
     vector = a + tl.where(there, slot, 0)[:, None] * inner + k[None, :]
-    first = live[:, None] if EVEN_K else live[:, None] & (k < inner)[None, :]
-    part = tl.load(row, mask=first, other=0.0)
+    mask = live[:, None] if EVEN_K else live[:, None] & (k < inner)[None, :]
+    part = tl.load(row, mask=mask, other=0.0)
     if OVERLAP:
         wait()
         launch_dependents()
-    acc = _products(part, tl.load(vector, mask=first, other=0.0), R, BK)
+    acc = _products(part, tl.load(vector, mask=mask, other=0.0), R, BK)
     for k0 in range(BK, inner, BK):
         mask = live[:, None] if EVEN_K else live[:, None] & (k0 + k < inner)[None, :]
         part = tl.load(row + k0, mask=mask, other=0.0)
@@ -137,7 +157,7 @@ def _products(part, vector, R: tl.constexpr, BK: tl.constexpr):
 
 
 def launch(
-    x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor, b1: Tensor | None, b2: Tensor | None,
+    x: Tensor, ids: Tensor, weights: Tensor, up: Weights, down: Weights, b1: Tensor | None, b2: Tensor | None,
     spec: MoeSpec, config: Config, out: Tensor, combine: bool, start: Start, overlap: bool,
 ) -> Tensor:  # fmt: skip
     """x [T, H], ids and weights [T, k] -> out, [T, H] or, without combine, [T, k, H].
@@ -146,31 +166,36 @@ def launch(
     """
     tokens, k = ids.shape
     hidden = x.shape[1]
-    experts, _, inner = down.shape
+    experts, _, inner = down.each.shape
     first, second = config.first, config.second
-    cols = first.columns if spec.layout == "none" else first.columns // 2
+    layout = spec.layout if up.up is None else "apart"
+    cols = first.columns if layout == "none" else first.columns // 2
     h = x.new_empty(tokens * k, inner)
     constants = {
-        "TOP_K": k, "COLS": cols, "BK": first.inner, "LAYOUT": spec.layout, "BIAS": b1 is not None,
-        "WEIGHT": spec.weight_on == "input", "EVEN_K": hidden % first.inner == 0, "OVERLAP": overlap,
+        "TOP_K": k, "COLS": cols, "BK": first.inner, "LAYOUT": layout, "BIAS": b1 is not None,
+        "WEIGHT": spec.weight_on == "input", "EVEN_K": hidden % first.inner == 0, "TABLE": up.table is not None,
+        "OVERLAP": overlap,
     }  # fmt: skip
+    gate_pointer, up_pointer = up.pointers
     (h,) = start(
         activations.bind(moe_vector_up, spec.activation), (triton.cdiv(inner, cols), tokens * k),
         (
-            x, up, up if b1 is None else b1, weights, h, ids, hidden, inner, experts, x.stride(0),
-            up.stride(0), up.stride(1), 0 if b1 is None else b1.stride(0),
+            x, gate_pointer, up_pointer, gate_pointer if b1 is None else b1, weights, h, ids, hidden, inner, experts,
+            x.stride(0), up.each.stride(0), up.each.stride(1), 0 if b1 is None else b1.stride(0),
         ),
         constants, ["out"], warps=first.warps, overlap=overlap,
     )  # fmt: skip
     constants = {
         "TOP_K": k, "SLOTS": triton.next_power_of_2(k), "COLS": second.columns, "BK": second.inner, "BIAS": b2 is not None,
-        "WEIGHT": spec.weight_on == "output", "EVEN_K": inner % second.inner == 0, "COMBINE": combine, "OVERLAP": overlap,
+        "WEIGHT": spec.weight_on == "output", "EVEN_K": inner % second.inner == 0, "COMBINE": combine,
+        "TABLE": down.table is not None, "OVERLAP": overlap,
     }  # fmt: skip
+    pointer, _ = down.pointers
     (out,) = start(
         moe_vector_down, (triton.cdiv(hidden, second.columns), tokens),
         (
-            h, down, down if b2 is None else b2, weights, out, ids, inner, hidden, experts, spec.scale,
-            down.stride(0), down.stride(1), 0 if b2 is None else b2.stride(0),
+            h, pointer, pointer if b2 is None else b2, weights, out, ids, inner, hidden, experts, spec.scale,
+            down.each.stride(0), down.each.stride(1), 0 if b2 is None else b2.stride(0),
         ),
         constants, ["out"], warps=second.warps, overlap=overlap,
     )  # fmt: skip

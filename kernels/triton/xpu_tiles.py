@@ -147,8 +147,9 @@ def _configs(p: Problem, direct: bool) -> Iterator[tuple[float, Config]]:
 
 
 def _first(p: Problem, found: str) -> str:
-    """The first product's key in the file; the loop without a gate is that of interleaved columns."""
-    layout = "interleaved" if p.layout == "none" else p.layout
+    """The first product's key in the file; the loop without a gate is that of interleaved columns, and gate and up of two
+    tensors are two loops as halves are in blocks."""
+    layout = {"none": "interleaved", "apart": "halves"}.get(p.layout, p.layout)
     return f"first/{8 * p.element}/{layout}/{_reads(p)}/{found}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -132,4 +133,41 @@ def test_rows_copied_inside_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = [launch.kernel for launch in launches if launch.kernel in ("moe_permute", "moe_gemm")]
     assert kernels == ["moe_permute", "moe_gemm", "moe_gemm"]
     assert not any("GRF" in launch.flags for launch in launches)
+    assert_close(got, want, 1e-2)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["sizes fixed", "tokens symbolic"])
+@pytest.mark.parametrize("how", ["apart", "separate"])
+def test_weights_of_several_tensors_inside_a_graph(how: str, dynamic: bool) -> None:
+    """Gate and up of two tensors are launches of the graph; a tensor an expert, or a symbolic number of tokens, is one call."""
+    case = dataclasses.replace(CASES["odd halves"], hidden=64)
+    x, ids, weights, w1, w2, b1, b2 = make(case)
+    halves, biases = w1.chunk(2, 1), b1.chunk(2, 1)
+    firsts, seconds = [half[e].clone() for e in range(4) for half in halves], list(w2.clone().unbind())
+    b_first, b_second = [b[e] for e in range(4) for b in biases], list(b2.unbind())
+    found: list[str] = []
+
+    def transform(graph: torch.fx.Graph) -> None:
+        for op in (torch.ops.braze.moe_apart.default, torch.ops.braze.moe_separate.default):
+            found.extend(kernel for kernel, _ in lower(graph.find_nodes(op="call_function", target=op), {}))
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        return inductor.compile_graph(gm, inputs, transform, "test", {"force_disable_caches": True})
+
+    def layer(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if how == "apart":
+            return torch.ops.braze.moe_apart(x * 2, ids, weights, *halves, w2, *biases, b2) + 1  # type: ignore[no-any-return]
+        lists = firsts, seconds, b_first, b_second
+        return torch.ops.braze.moe_separate(x * 2, ids, weights, *lists) + 1  # type: ignore[no-any-return]
+
+    given = x, ids, weights
+    if dynamic:
+        for t in given:
+            torch._dynamo.mark_dynamic(t, 0)
+    with torch.no_grad(), xpu_sim.compiled_graphs("pvc"), xpu_sim.record() as launches:
+        got = torch.compile(layer, backend=backend)(*given)
+    wide = [t.double() for t in (w1, w2, b1, b2)]
+    want = reference.moe(2 * x.double(), ids, weights.double(), *wide, MoeSpec()) + 1
+    assert found == ["triton"]
+    assert [launch.kernel for launch in launches].count("moe_gemm") == 2
     assert_close(got, want, 1e-2)

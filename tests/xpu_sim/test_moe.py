@@ -42,6 +42,26 @@ def test_rows_found_without_a_sort(target: str, name: str) -> None:
     assert "moe_sort" not in {launch.kernel for launch in launches}
 
 
+STORED = {
+    "apart": ["silu", "llama4", "on_input", "odd halves", "odd transposed", "invalid", "fp32"],
+    "pairs": ["silu", "odd transposed", "invalid"],
+    "separate": ["silu", "none", "gpt_oss", "odd"],
+}
+
+
+@pytest.mark.parametrize(("how", "name"), [(how, name) for how, names in STORED.items() for name in names])
+def test_weights_of_several_tensors(how: str, name: str) -> None:
+    with xpu_sim.device("pvc"):
+        compare(CASES[name], narrow(False), how)
+
+
+def test_weights_of_several_tensors_without_a_sort_or_blocks() -> None:
+    with xpu_sim.device("generic"):
+        for how in STORED:
+            compare(CASES["silu"], narrow(True), how)
+            compare(CASES["odd halves"], narrow(False), how)
+
+
 COPIED = ["silu", "gpt_oss", "llama4", "on_input", "none", "odd", "invalid", "fp16", "many"]
 
 

@@ -1,0 +1,370 @@
+"""What a layer with its router and its loop over experts in one forward computes, as straight-line code for one token.
+
+The layer runs on one token. Its last top-k is made to choose given experts, and the weights that follow from it are made 1 and
+0, so that what is multiplied by the 1 is an expert's result. The code is cut there: from the row to ids and weights, from the
+row to an expert's result, and from the row and the weighted sum of those to what the layer returns.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from braze.one_expert import Expert, NoExpert, Part, Recorder
+from braze.unlooped import Routed
+from braze.unlooping import MAX_COPY, KeepsLoop, made_of, sizes, worthwhile
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where a layer's forward chooses, as numbers of operations in their order: the top-k, and what makes its weights."""
+
+    top: int
+    weights: int
+    k: int
+    experts: int
+
+
+@dataclass(frozen=True)
+class Code:
+    """(row [1, H], *others, *parts) -> tensors of one token."""
+
+    graph: fx.Graph
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """router: row -> (ids, weights), k numbers each. expert: of one expert. after: (row, y [1, H]) -> the tensors that are
+    returned, [1, n] each; returns: which parts of the returned tuple they are, None for a tensor alone."""
+
+    router: Code
+    expert: Expert
+    after: Code
+    returns: tuple[bool, ...] | None
+
+
+class _Scout(TorchDispatchMode):  # type: ignore[misc]
+    """Runs a layer and notes where it chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = -1
+        self.found: Choice | None = None
+        self.begun = False  # whether the weights were used
+        self.ids: set[int] = set()
+        self.weights: set[int] = set()
+        self.alive: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.count += 1
+        self.alive += [out, args]
+        name = func.overloadpacket.__name__
+        given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        of_ids, of_weights = (any(id(a) in known for a in given) for known in (self.ids, self.weights))
+        if name == "topk":
+            values, ids = out
+            self.ids, self.weights, self.begun = {id(ids)}, {id(values)}, False
+            self.found = Choice(self.count, self.count, ids.numel(), args[0].shape[-1])
+        elif isinstance(out, Tensor) and self.found is not None and (of_ids or of_weights):
+            self._follow(name, args, out, of_ids, of_weights)
+        return out
+
+    def _follow(self, name: str, args: Any, out: Tensor, of_ids: bool, of_weights: bool) -> None:
+        assert self.found is not None
+        if not out.is_floating_point():
+            self.ids.add(id(out))
+            return
+        picked = name in ("gather", "index", "index_select", "take_along_dim")
+        if (picked and of_weights) or out.numel() > self.found.k:  # a row's own weight, or a row times it
+            self.begun = self.begun or of_weights
+        elif (of_weights or (picked and of_ids)) and not self.begun:
+            self.weights.add(id(out))
+            if out.numel() == self.found.k and (name.endswith("_") or not _is_view(out, args)):
+                self.found = Choice(self.found.top, self.count, self.found.k, self.found.experts)
+
+
+def _is_view(out: Tensor, args: Any) -> bool:
+    at = out.untyped_storage().data_ptr()
+    return any(isinstance(a, Tensor) and a.untyped_storage().data_ptr() == at for a in args)
+
+
+class _Chosen(Recorder):
+    """Records a layer whose router chooses `experts`, the first with weight 1."""
+
+    def __init__(self, module: nn.Module, x: Tensor, choice: Choice, experts: Sequence[int]) -> None:
+        super().__init__(module, x)
+        self.row = self.known[id(x)]
+        self.row.meta["shape"] = (1, x.shape[-1])
+        self.known[id(x)] = self.reshaped(self.row, x)
+        self.choice, self.experts = choice, experts
+        self.count = -1
+        self.y = self.graph.placeholder("y")
+        self.y.meta["shape"] = self.row.meta["shape"]
+        self.ids: fx.Node | None = None
+        self.weights: fx.Node | None = None
+        self.expert: fx.Node | None = None
+        self.chosen: Tensor | None = None  # the ids
+        self.of_ids: set[int] = set()
+        self.constants: set[int] = set()  # what was made from the weights
+        self.forced: dict[int, fx.Node] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        given = [id(a) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        made = [o for o in tree_leaves(out) if isinstance(o, Tensor)]
+        if self.of_ids.intersection(given):
+            self.of_ids.update(id(o) for o in made if not o.is_floating_point())
+        if self.constants.intersection(given) and not any(a in self.known for a in given):
+            self.constants.update(map(id, made))
+        if self.count == self.choice.top:
+            self._choose(out[1])
+        if self.count == self.choice.weights:
+            self._weigh(made[0])
+        return out
+
+    def _choose(self, ids: Tensor) -> None:
+        self.chosen, self.ids = ids, self.known[id(ids)]
+        ids.copy_(torch.tensor(self.experts, device=ids.device).reshape(ids.shape))
+        self.of_ids = {id(ids)}
+
+    def _weigh(self, weights: Tensor) -> None:
+        """From here on ids and weights are constants."""
+        self.weights = self.known[id(weights)]
+        weights.copy_((torch.arange(weights.numel(), device=weights.device) == 0).reshape(weights.shape))
+        self.constants = {id(weights)}
+        self.forced = {id(weights): self.weights, id(self.chosen): self.ids}  # type: ignore[dict-item]
+        for key in (*self.of_ids, id(weights)):
+            self.known.pop(key, None)
+
+    def _same(self, name: str, args: Any, out: Any) -> fx.Node | None:
+        if name in ("mul", "mul_"):
+            for a, b in (args[:2], args[1::-1]):
+                if id(b) in self.constants and id(a) in self.known and self._is_constant(b, 1.0):
+                    return self._result(self.known[id(a)], a)
+        return super()._same(name, args, out)
+
+    def _result(self, node: fx.Node, value: Tensor) -> fx.Node:
+        if self.expert is not None or value.numel() != self.y.meta["shape"][1]:
+            raise NoExpert("a weight is multiplied by more than one expert's result")
+        self.expert = node
+        return self.y
+
+    def returned(self, value: Any) -> fx.Node:
+        """What the layer returned, as a node [1, n]."""
+        node = self.known.get(id(value)) or self.forced.get(id(value))
+        if node is None:
+            raise NoExpert("it returns what does not follow from the token")
+        return self.reshaped(node, value.reshape(1, -1))
+
+
+def scout(module: nn.Module, hidden: int) -> tuple[Choice, Tensor]:
+    """Where the layer chooses, and the token [1, H] or [1, 1, H] that its forward takes; NoExpert where it does not run."""
+    like = next(module.parameters())
+    row = torch.randn(1, hidden, generator=torch.Generator().manual_seed(0)).to(like)
+    for x in (row[None], row):
+        try:
+            with torch.no_grad(), _Scout() as found:
+                type(module).forward(module, x)
+        except (RuntimeError, IndexError, ValueError, TypeError, KeyError, AttributeError):
+            continue
+        if found.found is None:
+            raise NoExpert("it has no top-k")
+        return found.found, x
+    raise NoExpert("its forward does not run on one token alone")
+
+
+def trace(module: nn.Module, x: Tensor, choice: Choice, expert: int) -> Layer:
+    """The layer's code, its expert the given one. NoExpert, or the module's own error, where there is none."""
+    experts = [(expert + j) % choice.experts for j in range(choice.k)]
+    x = x.clone()
+    with torch.no_grad(), _Chosen(module, x, choice, experts) as found:
+        out = type(module).forward(module, x)
+    if found.expert is None or found.ids is None or found.weights is None:
+        raise NoExpert("no weight is multiplied by an expert's result")
+    if not isinstance(out, Tensor) and not (
+        isinstance(out, tuple) and all(o is None or isinstance(o, Tensor) for o in out)
+    ):
+        raise NoExpert(f"it returns a {type(out).__name__}, not a tensor or a tuple of tensors")
+    given = (out,) if isinstance(out, Tensor) else out
+    results = [found.returned(o) for o in given if o is not None]
+    parts = {node: part for part, node in found.taken.items()}
+    router = _cut([found.row], [found.ids, found.weights], parts)
+    one = _cut([found.row], [found.reshaped(found.expert, torch.empty(found.row.meta["shape"]))], parts)
+    after = _cut([found.row, found.y], results, parts)
+    returns = None if isinstance(out, Tensor) else tuple(o is not None for o in out)
+    return Layer(router, Expert(one.graph, one.parts), after, returns)
+
+
+def _cut(inputs: list[fx.Node], outputs: list[fx.Node], parts: dict[fx.Node, Part]) -> Code:
+    """The part of a graph between inputs and outputs, with the parts of parameters that it needs."""
+    needed, work = set(outputs), list(outputs)
+    while work:
+        for node in work.pop().all_input_nodes:
+            if node not in needed:
+                needed.add(node)
+                work.append(node)
+    graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
+    placed = inputs + [n for n in parts if n in needed]
+    for node in placed:
+        new[node] = graph.placeholder(node.name)
+        new[node].meta["shape"] = node.meta["shape"]
+    for node in inputs[0].graph.nodes:
+        if node in needed and node not in new:
+            if node.op == "placeholder":
+                raise NoExpert("an expert takes the sum of the others' results")
+            new[node] = graph.node_copy(node, lambda n: new[n])
+    results = [new[n] for n in outputs]
+    graph.output(results[0] if len(results) == 1 and inputs[-1].name != "y" else tuple(results))
+    return Code(graph, tuple(parts[n] for n in placed if n in parts))
+
+
+def routed(module: nn.Module) -> Routed:
+    """The layer's computation without its loop, compared with it; KeepsLoop with the reason where there is none."""
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        return _routed(module)
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _routed(module: nn.Module) -> Routed:
+    if any(m._forward_hooks or m._forward_pre_hooks for m in module.modules() if m is not module):
+        raise KeepsLoop("its experts have hooks")
+    made, choice = _built(module)
+    if made.kind[1].itemsize < 4 and sum(p.numel() for p in module.parameters()) <= MAX_COPY:
+        # What 16 bits tell apart is little: the same in float32 is what is compared, and that the two are the same.
+        wide, _ = _built(copy.deepcopy(module).float())
+        if _text(wide) != _text(made):
+            raise KeepsLoop(f"in {made.kind[1]} it computes something else than in float32")
+        _compared(wide, choice)
+        made = _compared_as(module, made, choice)
+    else:
+        made = _compared(made, choice)
+    worthwhile(made.experts)
+    return made
+
+
+def _text(made: Routed) -> list[str]:
+    """A layer's code without its casts."""
+    return [line for code in (made.router, made.experts.one, made.after) for line in _lines(code.graph)]
+
+
+def _lines(graph: fx.Graph) -> list[str]:
+    lines: list[str] = []
+    name: dict[fx.Node, Any] = {}
+    for n in graph.nodes:
+        args = fx.node.map_arg([a for a in n.args if not isinstance(a, bool)], lambda a: name[a])
+        if n.target is aten._to_copy.default:
+            name[n] = args[0]
+            continue
+        name[n] = f"%{len(lines)}"
+        lines.append(f"{n.op} {n.target} {args}")
+    return lines
+
+
+def _built(module: nn.Module) -> tuple[Routed, Choice]:
+    """The layer's computation without its loop, not yet compared."""
+    choice, x = _scouted(module)
+    layers = []
+    for e in range(choice.experts):
+        try:
+            layers.append(trace(module, x, choice, e))
+        except (NoExpert, RuntimeError, IndexError, ValueError, TypeError, KeyError) as error:
+            raise KeepsLoop(f"expert {e}: {str(error).splitlines()[0]}") from error
+        if layers[e].expert.text != layers[0].expert.text:
+            raise KeepsLoop(f"expert {e} does not compute what expert 0 does")
+    first = layers[0]
+    router, after = (fx.GraphModule(nn.Module(), code.graph) for code in (first.router, first.after))
+    experts = made_of(module, "forward", [layer.expert for layer in layers])
+    kind = x.ndim, x.dtype
+    return Routed(module, router, first.router.parts, experts, after, first.after.parts, first.returns, kind), choice
+
+
+def _scouted(module: nn.Module) -> tuple[Choice, Tensor]:
+    reason = "its forward does not run on one token alone"
+    for hidden in sizes(module):
+        try:
+            return scout(module, hidden)
+        except NoExpert as error:
+            reason = str(error)
+    raise KeepsLoop(reason)
+
+
+def _compared(made: Routed, choice: Choice) -> Routed:
+    """`made`, which knows how its results lie; KeepsLoop where it does not compute what the layer does."""
+    small = sum(p.numel() for p in made.module.parameters()) <= MAX_COPY
+    if small:
+        try:
+            return _compared_as(copy.deepcopy(made.module).double(), made, choice)
+        except RuntimeError:  # what it computes in float32 and the rest do not go together
+            pass
+    return _compared_as(made.module, made, choice)
+
+
+def _compared_as(module: nn.Module, made: Routed, choice: Choice) -> Routed:
+    """`made`, compared by a module of the same weights in some dtype."""
+    like = next(module.parameters())
+    tokens = max(3, 2 * choice.experts // choice.k)
+    shape = (2, tokens, _hidden(made)) if made.kind[0] == 3 else (2 * tokens, _hidden(made))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(like)
+    before = _attributes(module)
+    with torch.no_grad(), _Narrow() as narrow:
+        expected = type(module).forward(module, x)
+    if _attributes(module) != before:
+        raise KeepsLoop("its forward sets attributes")
+    wanted = [expected] if isinstance(expected, Tensor) else [t for t in expected if t is not None]
+    batched = tuple(_batched(t, x) for t in wanted)
+    made = replace(made, batched=batched)
+    with torch.no_grad():
+        result = made.of(module).compute(x)
+    got = [result] if isinstance(result, Tensor) else [t for t in result if t is not None]
+    for a, b in zip(got, wanted, strict=True):
+        scale = float(b.abs().max())
+        error = float((a.double() - b.double()).abs().max()) / (scale or 1.0)
+        if a.shape != b.shape or a.dtype != b.dtype or not scale or not error <= _tolerance(like.dtype, narrow.seen):
+            raise KeepsLoop(f"without it the result is another (relative difference {error:.1e})")
+    return made
+
+
+def _batched(result: Tensor, x: Tensor) -> bool:
+    if result.shape[:-1] in (x.shape[:-1], (x.numel() // x.shape[-1],)):
+        return result.shape[:-1] == x.shape[:-1]
+    raise KeepsLoop(f"its result for {tuple(x.shape)} has shape {tuple(result.shape)}")
+
+
+def _tolerance(dtype: torch.dtype, narrow: bool) -> float:
+    """Of the relative difference. narrow: parts of the layer are computed in float32 whatever it is given."""
+    return 16 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-6 if narrow else 1e-9
+
+
+class _Narrow(TorchDispatchMode):  # type: ignore[misc]
+    """Notes whether anything is computed in less than float64."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        dtypes = {o.dtype for o in tree_leaves(out) if isinstance(o, Tensor) and o.is_floating_point()}
+        self.seen = self.seen or bool(dtypes - {torch.float64})
+        return out
+
+
+def _attributes(module: nn.Module) -> list[tuple[str, int]]:
+    own = ("_parameters", "_buffers", "_modules")
+    return [(n, id(v)) for m in module.modules() for n, v in vars(m).items() if n not in own]
+
+
+def _hidden(made: Routed) -> int:
+    return int(next(iter(made.router.graph.nodes)).meta["shape"][-1])
