@@ -150,8 +150,8 @@ def _sum_at(ev: Elements, base: Any, where: Any, values: Any, idx: Position) -> 
     total = ev.at(base, idx) if total.const is None else total
     known = _known_rows(ev, where, idx[0], count, places)
     if known is not None:
-        for row in known:
-            total = ev.make("add", total, ev.at(values, (row, *idx[1:])))
+        for r in known:
+            total = ev.make("add", total, ev.at(values, (r, *idx[1:])))
         return total
     probe = ev.indices.at(where, (0,) * len(ev.shape(where)))
     if count > 1:
