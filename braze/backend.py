@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from braze import floats
 from braze import ops as _ops  # noqa: F401  (registers the semantic ops)
 from braze.lowering import inductor
 from braze.lowering.lower import lower
@@ -41,10 +42,18 @@ def collect() -> Iterator[list[GraphReport]]:
         _listeners.remove(reports)
 
 
-def fuse_graph(graph: fx.Graph, options: Options) -> GraphReport:
-    """Runs passes and lowering over one post-grad graph in place; RequirementError where a required kind is missing."""
+def fuse_graph(
+    graph: fx.Graph, options: Options, guards: bool = True, given: Mapping[int, float] | None = None
+) -> GraphReport:
+    """Runs passes and lowering over one post-grad graph in place; RequirementError where a required kind is missing.
+
+    guards: whether what is compiled is guarded, so that symbolic numbers may be fixed. given: the floats among the graph's
+    inputs; NeedsFloats where a site needs to know some.
+    """
     nodes = len(graph.nodes)
-    result = pipeline.run(graph, options.disable, options.strict)
+    result = pipeline.run(graph, options.disable, options.strict, guards, given)
+    if result.floats:
+        raise floats.NeedsFloats(result.floats)
     choices = lower([call for call, _ in result.calls], options.kernel)
     findings = [
         replace(finding, kernel=kernel, why=why)
@@ -53,18 +62,27 @@ def fuse_graph(graph: fx.Graph, options: Options) -> GraphReport:
     graph.lint()
     report = GraphReport(nodes, tuple(findings), tuple(result.near_misses), tuple(result.errors), result.seconds)
     _tell(report)
-    missing = [kind for kind in options.require if not any(f.kind == kind for f in findings)]
-    if missing:
-        reasons = "; ".join(f"{m.kind} at {m.source}: {m.reason}" for m in report.near_misses) or "nothing came close"
-        raise RequirementError(f"braze fused no {' and no '.join(missing)} in a graph of {nodes} nodes ({reasons})")
+    _require(report, options)
     return report
 
 
 def _leave(graph: fx.Graph, options: Options, message: str) -> None:
     """Reports a graph that nothing is fused in because of an error inside braze."""
-    _tell(GraphReport(len(graph.nodes), (), (), (message,), 0.0))
-    if options.require:
-        raise RequirementError(f"braze fused no {' and no '.join(options.require)}: {message}")
+    report = GraphReport(len(graph.nodes), (), (), (message,), 0.0)
+    _tell(report)
+    _require(report, options)
+
+
+def _require(report: GraphReport, options: Options) -> None:
+    """RequirementError where a required kind is missing, with all that is known of why."""
+    missing = [kind for kind in options.require if not any(s.kind == kind for s in report.sites)]
+    if missing:
+        why = [f"{m.kind} at {m.source}: {m.reason}" for m in report.near_misses]
+        why += [f"internal error: {e}" for e in report.errors]
+        reasons = "; ".join(why) or "nothing came close"
+        raise RequirementError(
+            f"braze fused no {' and no '.join(missing)} in a graph of {report.nodes} nodes ({reasons})"
+        )
 
 
 def _count(report: GraphReport, by: int) -> None:
@@ -125,20 +143,26 @@ def braze(
         _tell_break(ended.reason.partition("\n")[0])
     told: list[GraphReport] = []
     ours = False  # whether what goes wrong may be braze's
+    given, needed = floats.given(gm), set[int]()
 
     def fuse(graph: fx.Graph) -> None:
         nonlocal ours
         ours = True
+        same = len(graph.find_nodes(op="placeholder")) == len(example_inputs)
         try:
-            told.append(fuse_graph(graph, parsed))
-        except RequirementError:
+            told.append(fuse_graph(graph, parsed, given=floats.values(given) if same else None))
+        except (RequirementError, floats.NeedsFloats) as e:
             ours = False
+            needed.update(getattr(e, "inputs", ()))
             raise
         ours = bool(told[-1].sites)
 
     try:
         return inductor.compile_graph(gm, example_inputs, fuse, parsed.key(), parsed.inductor)
     except Exception as e:
+        if needed:
+            _retract(told)
+            raise floats.capture_again(given, needed) from None
         if parsed.strict or not ours:
             raise
         error = e

@@ -24,7 +24,7 @@ def package(program: torch.export.ExportedProgram, file: str | Path, options: Ma
 
     def transform(graph: fx.Graph) -> None:
         _drop_metadata_checks(graph)
-        fuse_graph(graph, parsed)
+        fuse_graph(graph, parsed, guards=False)
 
     return inductor.package_program(program, str(file), transform, "package" + parsed.key(), parsed.inductor)
 

@@ -27,6 +27,34 @@ def sparse_scores(scores: fx.Node, before: fx.Node, ev: Elements) -> tuple[fx.No
     return _scattered(scores, before, ev) or _compared(scores, before, ev)
 
 
+def turned_scores(
+    source: rows.Source, expert: int, shape: tuple[int, int], before: fx.Node, ev: Elements
+) -> fx.Node | None:
+    """The matrix `shape` of scores where an element is one of their transpose [experts, tokens]: what was computed from the
+    transpose one by one is computed from the scores themselves."""
+    at = (expert, shape[0] - 1)
+    node = next((n for n, idx in trail(*source, ev) if ev.shape(n) == shape[::-1] and idx == at), None)
+    steps: list[fx.Node] = []
+    while node is not None:
+        found = rows.matrix((node, at), expert, shape, ev)
+        if found is not None:
+            for step in reversed(steps):
+                found = _again(step, found, before)
+            return found
+        steps.append(node)
+        node = _one_by_one(node, at, ev)
+    return None
+
+
+def _one_by_one(node: fx.Node, at: tuple[int, ...], ev: Elements) -> fx.Node | None:
+    """The tensor of which a node's elements are a function, each of the one at its place."""
+    if node.op != "call_function" or len(node.all_input_nodes) != 1:
+        return None
+    (source,) = node.all_input_nodes
+    near = Elements(ev.sizes, stop=lambda n: n is source, indices=ev)
+    return source if leaves([near.at(node, at)]) == [near.load(source, at)] else None
+
+
 # ---------------------------------------------------------------------------------------------------- scattered
 
 

@@ -140,18 +140,24 @@ MAX_ADDED = 64
 
 def _sum_at(ev: Elements, base: Any, where: Any, values: Any, idx: Position) -> Expr | None:
     """base[t] + sum of the rows values[r] with where[r] = t. where = perm // k, perm a permutation of k rows for each t: these
-    are the positions that perm has k t, ..., k t + k - 1 at."""
+    are the positions that perm has k t, ..., k t + k - 1 at; or where is known, and each t comes in every n-th row, or n times
+    in a row (that it comes nowhere else is for the proof)."""
     rows, places = ev.shape(tensor_of(where))[0], ev.shape(tensor_of(base))[0]
     if rows % places or not 1 <= rows // places <= MAX_ADDED or ev.shape(tensor_of(values))[1:] != ev.shape(base)[1:]:
         return None
     count = rows // places
+    total = ev.indices.at(base, idx)
+    total = ev.at(base, idx) if total.const is None else total
+    known = _known_rows(ev, where, idx[0], count, places)
+    if known is not None:
+        for r in known:
+            total = ev.make("add", total, ev.at(values, (r, *idx[1:])))
+        return total
     probe = ev.indices.at(where, (0,) * len(ev.shape(where)))
     if count > 1:
         if probe.op != "floordiv" or probe.args[1].const != count:
             return None
         probe = probe.args[0]
-    total = ev.indices.at(base, idx)
-    total = ev.at(base, idx) if total.const is None else total
     for j in range(count):
         place = ev.i_add(ev.i_mul(idx[0], count), j)
         row = _place(ev, probe, rows, place)
@@ -159,6 +165,19 @@ def _sum_at(ev: Elements, base: Any, where: Any, values: Any, idx: Position) -> 
             return None
         total = ev.make("add", total, ev.at(values, (row, *idx[1:])))
     return total
+
+
+def _known_rows(ev: Elements, where: Any, place: Any, count: int, places: int) -> list[int] | None:
+    """The rows that go to a place, where that is written into the graph."""
+    rest = (0,) * (len(ev.shape(where)) - 1)
+    for rows in (
+        ([place + j * places for j in range(count)], [place * count + j for j in range(count)])
+        if isinstance(place, int)
+        else ()
+    ):
+        if all(ev.indices.at(where, (r, *rest)).const == place for r in rows):
+            return rows
+    return None
 
 
 @handles(aten.scatter.src)

@@ -8,7 +8,7 @@ experts, the dispatch is only a way to say the same rows. The proof (braze.passe
 """
 
 import contextlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +16,11 @@ import torch
 from torch import fx
 
 from braze.kernels.spec import MoeSpec, WeightOn
-from braze.passes import capacity, normed, products, rows, separate, unrolled
+from braze.passes import capacity, normed, products, rows, separate, unread, unrolled
 from braze.passes.between import Between, between, linear_in
 from braze.passes.chosen import sparse
 from braze.passes.combine import Term, check_private, inner, one_atom, output_of, root_of, scale_of, terms_of
+from braze.passes.dense import turned_scores
 from braze.passes.elements import Elements, Expr, Sizes, Unknown, leaves, trail
 from braze.passes.linear import TooLarge
 from braze.passes.products import NoExperts, Pair
@@ -55,22 +56,9 @@ def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[MoeSite], list[NearMiss]]:
     misses = [
         m for m in misses if m.root not in firsts
     ]  # a block's first product, taken for the second of what is before it
-    misses += _unread(graph, firsts | {n.name for n in seconds} | {m.root for m in misses})
+    misses += unread.find(graph, firsts | {n.name for n in seconds} | {m.root for m in misses}, ev)
     loops, loop_misses = unrolled.find(graph, sizes)
     return sites + loops, misses + loop_misses
-
-
-def _unread(graph: fx.Graph, told: Collection[str]) -> list[NearMiss]:
-    """Grouped products of the same rows, one computed from the other, of which nothing is told yet."""
-    misses = []
-    grouped = [n for n in graph.nodes if products.is_grouped(n) and n.name not in told]
-    for second in grouped:
-        ends = second.all_input_nodes[-1]
-        alike = [n for n in grouped if n < second and n.all_input_nodes[-1] is ends and n in _ancestors(second, n)]
-        if alike:
-            reason = f"no function of one row's elements, as far as it is understood, leads from {alike[0].name} to it"
-            misses.append(NearMiss("moe", second.name, "find", reason, source_line([second])))
-    return misses
 
 
 def _pair(second: fx.Node, ev: Elements) -> Pair | None:
@@ -113,18 +101,7 @@ def _fed_by(second: fx.Node, left: bool, ev: Elements) -> Pair | None:
 def _is_later(load: Expr, first: fx.Node) -> bool:
     """Whether an element is of a node computed after `first` from it."""
     node = load.args[0]
-    return node > first and first in _ancestors(node, first)
-
-
-def _ancestors(node: fx.Node, first: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        for n in stack.pop().all_input_nodes:
-            if n >= first and n not in found:
-                found.add(n)
-                stack.append(n)
-    return found
+    return node > first and first in unread.ancestors(node, first)
 
 
 def _looks_like_experts(pair: Pair, ev: Elements) -> bool:
@@ -173,6 +150,7 @@ def _site(pair: Pair, ev: Elements) -> MoeSite:
             x, input_weight = rows.input_of(pair, act.at, (tokens, hidden), ev, weighted=True)
     source, weight_on = _weight(act, input_weight, on_output, bool(terms[0].biases), dispatch)
     weights = rows.matrix(source, slot, (tokens, slots), ev)
+    weights = weights or turned_scores(source, slot, (tokens, slots), root, ev)
     if weights is None:
         raise NoExperts(f"the rows' weight {source[0].name} is no [tokens, slots] tensor")
     b2 = rows.second_bias(terms, experts, ev.shape(w2.weight)[0], ev)

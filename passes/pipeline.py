@@ -9,7 +9,7 @@ import contextlib
 import gc
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,8 @@ from torch import fx
 from braze.passes import experts, mlp, norm, padding, proof, rope, routers, splits
 from braze.passes.elements import Sizes
 from braze.passes.proofs import Proofs
-from braze.passes.rewrite import clean, rewrite, rewrite_norm, source_nodes
+from braze.passes.rewrite import clean, rewrite, rewrite_norm, share, source_nodes
+from braze.passes.settle import settle
 from braze.passes.sites import (
     Finding,
     Kind,
@@ -38,12 +39,14 @@ log = logging.getLogger("braze")
 
 @dataclass
 class Result:
-    """What the passes did to a graph: the new calls with their findings, near misses, and errors inside braze."""
+    """What the passes did to a graph: the new calls with their findings, near misses, and errors inside braze. floats: inputs
+    that sites need to know; where there are any, nothing else was done."""
 
     calls: list[tuple[fx.Node, Finding]] = field(default_factory=list)
     near_misses: list[NearMiss] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    floats: set[int] = field(default_factory=set)
 
 
 Recogniser = Callable[[fx.Graph, Sizes], tuple[Sequence[Site], list[NearMiss]]]
@@ -55,13 +58,23 @@ _RECOGNISERS: tuple[tuple[Kind, Recogniser], ...] = (
 )
 
 
-def run(graph: fx.Graph, disable: Collection[Kind] = (), strict: bool = False) -> Result:
+def run(
+    graph: fx.Graph,
+    disable: Collection[Kind] = (),
+    strict: bool = False,
+    guards: bool = True,
+    floats: Mapping[int, float] | None = None,
+) -> Result:
     """Rewrites every proven site of `graph` in place. An exception inside braze is logged, counted and swallowed, and
-    leaves its site unfused; with `strict` it is raised."""
+    leaves its site unfused; with `strict` it is raised. guards: whether symbolic numbers may be fixed (`settle`). floats: the
+    program's, by the inputs that hold them."""
     result = Result()
     began = time.perf_counter()
     with _without_collections():
-        _run(graph, disable, strict, result)
+        if guards:
+            _settle(graph, disable, strict, floats or {}, result)
+        if not result.floats:
+            _run(graph, disable, strict, result)
     result.seconds = time.perf_counter() - began
     return result
 
@@ -78,17 +91,34 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _run(graph: fx.Graph, disable: Collection[Kind], strict: bool, result: Result) -> None:
+def _settle(
+    graph: fx.Graph, disable: Collection[Kind], strict: bool, floats: Mapping[int, float], result: Result
+) -> None:
+    def look(copy: fx.Graph, needs: Callable[[Site | NormSite], None]) -> None:
+        _run(copy, disable, strict, Result(), needs)
+
+    result.floats = _guarded(partial(settle, graph, look, floats), "symbolic numbers", set(), strict, result)
+
+
+def _run(
+    graph: fx.Graph,
+    disable: Collection[Kind],
+    strict: bool,
+    result: Result,
+    proven: Callable[[Site | NormSite], None] = lambda site: None,
+) -> None:
     padded: list[padding.Padded] = _guarded(partial(padding.unpad, graph), "padded products", [], strict, result)
-    _find(graph, disable, strict, result)
+    _find(graph, disable, strict, result, proven)
     _guarded(partial(padding.pad_again, padded), "padded products", None, strict, result)
     _clean(graph, result)
 
 
-def _find(graph: fx.Graph, disable: Collection[Kind], strict: bool, result: Result) -> None:
+def _find(
+    graph: fx.Graph, disable: Collection[Kind], strict: bool, result: Result, proven: Callable[[Site | NormSite], None]
+) -> None:
     if "moe" not in disable:
         _guarded(partial(splits.group, graph), "products of split rows", 0, strict, result)
-    prove = Proofs(graph)
+    prove = Proofs(graph, proven)
     for kind, find in _RECOGNISERS:
         if kind in disable:
             continue
@@ -99,6 +129,8 @@ def _find(graph: fx.Graph, disable: Collection[Kind], strict: bool, result: Resu
             fuse = partial(_fuse, site, kind, prove, result)
             _guarded(fuse, f"{kind} at {site.root.name}", None, strict, result)
         result.calls[done:] = reversed(result.calls[done:])
+        if kind == "rope":
+            share([call for call, _ in result.calls[done:]])
         _clean(graph, result)  # what fused sites leave behind would look like other uses to the next kind
     _guarded(partial(_join_norms, result, prove), "norms before rotations", None, strict, result)
 

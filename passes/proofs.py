@@ -4,7 +4,7 @@ A proof depends on the subgraph between a site's inputs and what the op would re
 bindings of symbolic sizes; where these are equal, so is its outcome. Refusals are not shared: they name nodes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import fx
 
@@ -15,20 +15,22 @@ from braze.passes.twins import evaluated, subgraph
 
 
 class Proofs:
-    """Proves sites of `graph` under two bindings of its symbolic sizes, where it has any."""
+    """Proves sites of `graph` under two bindings of its symbolic sizes, where it has any. proven: told of each that holds."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, proven: Callable[[Site | NormSite], None] = lambda site: None) -> None:
         self.sizes = proof.bindings(graph)
+        self.proven = proven
         self._known: dict[object, str] = {}
 
     def __call__(self, site: Site | NormSite) -> str:
         """The outcome in words; `proof.Refused` where the site is not what it was taken for."""
         key = proven_by(site)
-        if key is not None and key in self._known:
-            return self._known[key]
-        outcome = _prove(site, self.sizes)
+        outcome = self._known.get(key) if key is not None else None
+        if outcome is None:
+            outcome = _prove(site, self.sizes)
         if key is not None:
             self._known[key] = outcome
+        self.proven(site)
         return outcome
 
 

@@ -1,6 +1,7 @@
 """A site becomes one call of its semantic op; what only the site used is gone afterwards."""
 
 import operator
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -74,6 +75,21 @@ def _rewrite_router(site: RouterSite) -> fx.Node:
     site.weights.replace_all_uses_with(results[0])
     site.ids.replace_all_uses_with(results[1])
     return call
+
+
+def share(calls: Sequence[fx.Node]) -> None:
+    """Calls of one op with the same arguments, and results that lie alike, become the first; the others are dead nodes then.
+    Nothing is shared past an op that writes into a tensor."""
+    first: dict[Any, fx.Node] = {}
+    for node in calls[0].graph.nodes if calls else ():
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            first.clear()
+        if node in calls:
+            lie = tuple(map(str, node.meta["val"].stride()))
+            one = first.setdefault((node.target, node.args, tuple(node.kwargs.items()), lie), node)
+            if one is not node:
+                node.replace_all_uses_with(one)
 
 
 def rewrite_norm(site: NormSite) -> fx.Node:

@@ -128,27 +128,17 @@ def _weight_nodes(weights: fx.Node, ids: fx.Node, sizes: Sizes) -> Iterator[fx.N
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, Tensor):
             continue
-        if value.is_floating_point() and value.ndim and _rows_of(node, sizes) == rows and not _is_product(node):
+        if value.is_floating_point() and value.ndim and sizes.shape(node)[:-1] == rows and not _is_product(node):
             yield node
         new = [n for n in node.all_input_nodes if n not in seen and n is not ids]
         seen.update(new)
         queue += new
 
 
-def _rows(ids: fx.Node, sizes: Sizes) -> int:
-    """How many tokens the ids are of."""
+def _rows(ids: fx.Node, sizes: Sizes) -> tuple[int, ...]:
+    """How many tokens the ids are of, in as many dimensions as they have."""
     shape = sizes.shape(ids)
-    count = 1
-    for s in shape if _squeezed(ids) else shape[:-1]:
-        count *= s
-    return count
-
-
-def _rows_of(node: fx.Node, sizes: Sizes) -> int:
-    count = 1
-    for s in sizes.shape(node)[:-1]:
-        count *= s
-    return count
+    return shape if _squeezed(ids) else shape[:-1]
 
 
 def _squeezed(ids: fx.Node) -> bool:
@@ -173,10 +163,10 @@ def _logits(weights: fx.Node, ids: fx.Node, sizes: Sizes) -> list[fx.Node]:
         if node in seen or not isinstance(node.meta.get("val"), Tensor | tuple | list):
             continue
         seen.add(node)
-        if isinstance(value := node.meta["val"], Tensor) and value.is_floating_point() and value.ndim > 1:
-            like_ids = sizes.shape(node)[:-1] == (sizes.shape(ids) if _squeezed(ids) else sizes.shape(ids)[:-1])
-            if like_ids and _width(node, sizes) >= experts:
-                found.add(node)
+        value = node.meta["val"]
+        floats = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
+        if floats and sizes.shape(node)[:-1] == _rows(ids, sizes) and _width(node, sizes) >= experts:
+            found.add(node)
         if not _is_product(node):
             queue += node.all_input_nodes
     return sorted(found)

@@ -228,6 +228,45 @@ def test_one_expert_a_token_weighted_before() -> None:
     assert_close(got, style(m.to(torch.float64), x.double()), 1e-5)
 
 
+def scores_on_repeated_rows(m: Layer, x: Tensor, shift: int = 0, other: bool = False) -> Tensor:
+    """As Llama 4 began: scores [experts, tokens] on rows that are gathered for each expert and added up by the same indices.
+
+    shift: how far off the tokens are that rows are added to. other: whether scores of experts that are not chosen are not 0.
+    """
+
+    def places(shift: int) -> Tensor:
+        t = (torch.arange(len(x)) + shift) % len(x) if shift else torch.arange(len(x))
+        return t.view(1, -1).expand(E, -1).reshape(-1, 1).expand(-1, x.shape[1])
+
+    logits = x @ m.router.t()
+    top = logits.topk(1, -1)
+    scores = torch.full_like(logits, -torch.inf).scatter_(1, top.indices, top.values).t()
+    scores = scores.sigmoid() if not other else scores.exp() + 0.5
+    rows = (torch.gather(x, 0, places(0)) * scores.reshape(-1, 1)).view(E, -1, x.shape[1])
+    g = silu(torch.bmm(rows, m.gate.transpose(1, 2))) * torch.bmm(rows, m.up.transpose(1, 2))
+    y = torch.bmm(g, m.down.transpose(1, 2)).view(-1, x.shape[1])
+    return torch.zeros_like(x).scatter_add_(0, places(shift), y)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_scores_by_expert_on_repeated_rows(dynamic: bool) -> None:
+    m = layer()
+    fused = Fused(lambda x: scores_on_repeated_rows(m, x), dynamic=dynamic)
+    for x in (tokens(), tokens(T + 4)):
+        assert_close(fused(x), scores_on_repeated_rows(m.to(torch.float64), x.double()), 1e-5)
+    found = 1 if dynamic else 2
+    assert (fused.count("moe"), fused.count("router")) == ([1] * found, [1] * found), fused.reasons
+
+
+@pytest.mark.parametrize("bent", [{"shift": 1}, {"other": True}])
+def test_scores_by_expert_on_repeated_rows_that_are_bent(bent: dict[str, int]) -> None:
+    m, x = layer(), tokens()
+    fused = Fused(lambda x: scores_on_repeated_rows(m, x, **bent))
+    assert_close(fused(x), scores_on_repeated_rows(m.to(torch.float64), x.double(), **bent), 1e-5)
+    assert fused.count("moe") == [0]
+    assert fused.reasons
+
+
 @pytest.mark.parametrize(
     "name", ["gathered_three", "dense_three", "sorted_scattered", "sorted_put_back", "scores_added"]
 )
@@ -338,7 +377,7 @@ REFUSED: dict[Style, str] = {
     columns_turned: "the activation depends on",
     gate_returned: "is also used by",
     added_at_rows: "not linear in the second product's rows",
-    added_in_order: "not linear in the second product's rows",
+    added_in_order: "are not put back by the inverse of their sort",
     added_to_something: "not weighted as they are",
     another_router: "weight",
     put_back_in_reverse: "not linear in the second product's rows",

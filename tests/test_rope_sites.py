@@ -437,3 +437,25 @@ def test_a_scaled_table_is_a_table_like_any_other() -> None:
     fused = Fused(rotate)
     assert_close(fused(x, a), rotate(x.double(), a.double()), 1e-6)
     assert [f.form for f in fused.findings] == ["half"]
+
+
+def test_a_rotation_that_is_computed_twice_is_one() -> None:
+    def turned(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return torch.cat((first * c - second * s, second * c + first * s), -1)
+
+    def both(x: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        return turned(x, c, s) * 2, turned(x, c, s).sum(-1)
+
+    def changed(x: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        x = x * 1.0
+        first = turned(x, c, s)
+        x.add_(1)
+        return first, turned(x, c, s)
+
+    args = (query(), angles().cos(), angles().sin())
+    for f, number in ((both, 1), (changed, 2)):
+        fused = Fused(f)
+        for got, exact in zip(fused(*args), f(*(t.double() for t in args)), strict=True):
+            assert_close(got, exact, 1e-6)
+        assert fused.count("rope") == [number]

@@ -420,3 +420,26 @@ def test_reference_spelled_out() -> None:
     a, b = 1 / (1 + torch.tensor(-0.0).exp()), 1 / (1 + torch.tensor(-1.0).double().exp())
     assert ids.tolist() == [0, 1]  # 0.5 + 1 leads its group to the front; 2.0 is in the other
     torch.testing.assert_close(weights, 3.0 * torch.stack((a.double(), b)) / (a + b + 1.0))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", ["softmax_first", "softmax_last", "softmax_by_hand_in_batches"])
+def test_tokens_in_batches(name: str, dynamic: bool) -> None:
+    """The router keeps [batch, tokens, .] and its experts have rows: what it gives is as it gives it, before a view."""
+
+    def by_hand(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        ids = x.softmax(-1).topk(K).indices
+        return normalize(x.softmax(-1).gather(-1, ids), p=1, dim=-1, eps=1e-12), ids
+
+    router = {"softmax_first": softmax_first, "softmax_last": softmax_last}.get(name, by_hand)
+
+    def run(x: Tensor, gate: Tensor, bias: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        weights, ids = router(x @ gate.T, bias)
+        y = experts(x.reshape(-1, H), weights.reshape(-1, K), ids.reshape(-1, K), w1, w2)
+        return y.view(x.shape)
+
+    x, *rest = inputs(15)
+    fused = Fused(run, dynamic=dynamic)
+    args = (x.view(5, 3, H), *rest)
+    assert_close(fused(*args), run(*(t.double() for t in args)), 1e-5)
+    assert (fused.count("moe"), fused.count("router")) == ([1], [1]), fused.reasons
