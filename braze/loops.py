@@ -37,7 +37,7 @@ def is_routed_loop(module: nn.Module) -> bool:
     if "forward" in vars(module) or next(module.parameters(), None) is None:
         return False
     arguments = _arguments(function)
-    lists = any(isinstance(m, nn.ModuleList) and len(m) > 1 for m in module.modules())
+    lists = any(isinstance(m, nn.ModuleList | nn.ModuleDict) and len(m) > 1 for m in module.modules())
     needed = [p for p in arguments[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     return (
         len(needed) == 1

@@ -108,6 +108,22 @@ class Masked(Layer):
         return out
 
 
+class ByName(Layer):
+    """Experts by name, as switch_transformers holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleDict({f"expert_{e}": Mlp() for e in range(E)})  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.choose(self.gate(x))
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts.values()):  # type: ignore[operator]
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return out
+
+
 class Grouped(Hit):
     """Sigmoid scores, a bias for the choice only, two of three groups, a scale."""
 
@@ -173,11 +189,11 @@ class Method(Layer):
 
 
 def tokens(kind: type[Layer]) -> Tensor:
-    shape = (10, H) if kind is Masked else (2, 5, H)
+    shape = (10, H) if kind in (Masked, ByName) else (2, 5, H)
     return torch.randn(shape, generator=torch.Generator().manual_seed(2))
 
 
-LAYERS = [Layer, Hit, Shared, One, Masked, Grouped, Infer, Method]
+LAYERS = [Layer, Hit, Shared, One, Masked, ByName, Grouped, Infer, Method]
 
 
 @pytest.mark.parametrize("kind", LAYERS)
