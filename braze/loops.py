@@ -39,28 +39,18 @@ def is_routed_loop(module: nn.Module) -> bool:
     arguments = _arguments(function)
     lists = any(isinstance(m, nn.ModuleList | nn.ModuleDict) and len(m) > 1 for m in module.modules())
     needed = [p for p in arguments[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    return (
-        len(needed) == 1
-        and lists
-        and any("for " in _source(f) and _looks_at_values(f) for f in _forwards(type(module)))
-    )
+    own = [f for k in _kinds(module) for f in vars(k).values() if inspect.isfunction(f)]
+    return len(needed) == 1 and lists and any("for " in _source(f) and _looks_at_values(f) for f in own)
 
 
-def _forwards(kind: type[nn.Module]) -> list[Any]:
-    """A class's forward, and those that it calls as its bases'."""
-    found = []
-    for base in kind.__mro__:
-        if "forward" in vars(base):
-            found.append(vars(base)["forward"])
-            if "super()" not in _source(found[-1]):
-                break
-    return found
+def _kinds(module: nn.Module) -> list[type[nn.Module]]:
+    """The classes of a module that are not torch's own."""
+    return [k for k in type(module).__mro__ if k is not nn.Module and issubclass(k, nn.Module)]
 
 
 def loops_of(module: nn.Module) -> list[str]:
     """The methods of a module's class that `is_loop` is true of."""
-    kinds = [k for k in type(module).__mro__ if k is not nn.Module and issubclass(k, nn.Module)]
-    names = {n for k in kinds for n, f in vars(k).items() if inspect.isfunction(f)}
+    names = {n for k in _kinds(module) for n, f in vars(k).items() if inspect.isfunction(f)}
     return sorted(n for n in names if (n not in _METHODS_OF_TORCH or n == "forward") and is_loop(module, n))
 
 
@@ -102,25 +92,32 @@ def without_loops(model: nn.Module) -> None:
             module.config._experts_implementation = "grouped_mm"
             log.info("%s: experts implementation grouped_mm instead of eager", name)
             continue
-        methods = loops_of(module)
-        for method in methods:
-            _replace(module, method, name, partial(unlooped, method=method), made)
-        if not methods and is_routed_loop(module):
-            _replace(module, "forward", name, routed, made)
+        ways = [(method, partial(unlooped, method=method)) for method in loops_of(module)]
+        if is_routed_loop(module):
+            ways.append(("forward", routed))
+        reasons = []
+        for method, make in ways:
+            reason = _replace(module, method, make, made)
+            where = ".".join(filter(None, (name, "" if method == "forward" else method))) or type(module).__name__
+            if reason is None:
+                log.info("%s: its loop over experts became products that a graph holds", where)
+                break
+            reasons.append(f"{where} keeps its loop over experts: {reason}")
+        else:
+            for reason in reasons:
+                log.warning("%s", reason)
 
 
-def _replace(module: nn.Module, method: str, name: str, make: Callable[[nn.Module], Any], made: dict[Any, Any]) -> None:
-    """Sets what takes the loop's place; layers that are alike share it."""
-    where = ".".join(filter(None, (name, "" if method == "forward" else method))) or type(module).__name__
+def _replace(module: nn.Module, method: str, make: Callable[[nn.Module], Any], made: dict[Any, Any]) -> str | None:
+    """Sets what takes the loop's place, which layers that are alike share; why not, where nothing does."""
     key = method, _likeness(module)
     try:
         if key not in made:
             made[key] = make(module)
     except KeepsLoop as e:
-        log.warning("%s keeps its loop over experts: %s", where, e)
-        return
+        return str(e)
     setattr(module, method, made[key].of(module))
-    log.info("%s: its loop over experts became products that a graph holds", where)
+    return None
 
 
 def _likeness(module: nn.Module) -> tuple[Any, ...]:

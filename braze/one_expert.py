@@ -21,7 +21,10 @@ _VIEWS = {
     aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default,
 }  # fmt: skip
 _FRESH = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
-_ADDED = {"index_add": 3, "index_add_": 3, "index_put": 2, "index_put_": 2, "add": 1, "add_": 1}
+_ADDED = {
+    "index_add": 3, "index_add_": 3, "index_put": 2, "index_put_": 2, "add": 1, "add_": 1,
+    "scatter_add": 3, "scatter_add_": 3, "scatter_reduce": 3, "scatter_reduce_": 3,
+}  # fmt: skip
 _OUT_OF_PLACE = {
     "index_add_", "index_put_", "add_", "mul_", "sub_", "div_", "clamp_", "relu_", "silu_", "copy_", "scatter_", "masked_fill_",
 }  # fmt: skip

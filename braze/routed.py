@@ -74,8 +74,10 @@ class _Scout(TorchDispatchMode):  # type: ignore[misc]
             values, ids = out
             self.ids, self.weights, self.begun = {id(ids)}, {id(values)}, False
             self.found = Choice(self.count, self.count, ids.numel(), args[0].shape[-1])
-        elif isinstance(out, Tensor) and self.found is not None and (of_ids or of_weights):
-            self._follow(name, args, out, of_ids, of_weights)
+        elif self.found is not None and (of_ids or of_weights):
+            for part in tree_leaves(out):
+                if isinstance(part, Tensor):
+                    self._follow(name, args, part, of_ids, of_weights)
         return out
 
     def _follow(self, name: str, args: Any, out: Tensor, of_ids: bool, of_weights: bool) -> None:
@@ -84,7 +86,7 @@ class _Scout(TorchDispatchMode):  # type: ignore[misc]
             self.ids.add(id(out))
             return
         picked = name in ("gather", "index", "index_select", "take_along_dim")
-        if (picked and of_weights) or out.numel() > self.found.k:  # a row's own weight, or a row times it
+        if ((picked or of_ids) and of_weights) or out.numel() > self.found.k:  # a row's own weight, or a row times it
             self.begun = self.begun or of_weights
         elif (of_weights or (picked and of_ids)) and not self.begun:
             self.weights.add(id(out))

@@ -188,12 +188,52 @@ class Method(Layer):
         return self.moe(flat, ids, weights).view(*x.shape)
 
 
+class AnyOfSlots(Layer):
+    """A mask of tokens, and weights that are summed over slots by it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.view(-1, H)
+        weights, ids = self.choose(self.gate(flat))
+        out = torch.zeros_like(flat)
+        for e, expert in enumerate(self.experts):
+            mask = (ids == e).any(dim=-1)
+            if mask.any():
+                token = mask.nonzero().squeeze(-1)
+                own = (weights * (ids == e)).sum(-1)[token]
+                out[token] += expert(flat[token]) * own.unsqueeze(-1)
+        return out.view_as(x)
+
+
+class Flat(Layer):
+    """Ids and weights in one row, in a method that only runs outside of training; rows added up by a scatter."""
+
+    @torch.no_grad()
+    def moe_infer(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out, order = torch.zeros_like(x), ids.argsort()
+        ends, token = ids.bincount().cpu().numpy().cumsum(0), order // K
+        for e, end in enumerate(ends):
+            start = 0 if e == 0 else ends[e - 1]
+            if start == end:
+                continue
+            row = token[start:end]
+            y = self.experts[e](x[row])
+            y.mul_(weights[order[start:end]])
+            out.scatter_reduce_(0, row.view(-1, 1).repeat(1, x.shape[-1]), y, reduce="sum")
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.choose(self.gate(x.view(-1, H)))
+        if self.training:
+            return x
+        return self.moe_infer(x.view(-1, H), ids.view(-1), weights.view(-1, 1)).view(*x.shape) + x
+
+
 def tokens(kind: type[Layer]) -> Tensor:
     shape = (10, H) if kind in (Masked, ByName) else (2, 5, H)
     return torch.randn(shape, generator=torch.Generator().manual_seed(2))
 
 
-LAYERS = [Layer, Hit, Shared, One, Masked, ByName, Grouped, Infer, Method]
+LAYERS = [Layer, Hit, Shared, One, Masked, ByName, Grouped, Infer, Method, AnyOfSlots, Flat]
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -82,7 +82,9 @@ def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     if host is None:
         host = _tables.get(addresses)
     if host is None:
-        if len(_tables) >= MOST:
+        if len(_tables) >= MOST and not compat.capturing(device):
+            if device.type != "cpu":
+                torch.accelerator.synchronize()  # a launch may still read one
             _tables.clear()
         host = _tables[addresses] = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type != "cpu")
     if compat.capturing(device):
