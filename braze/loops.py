@@ -92,7 +92,9 @@ def without_loops(model: nn.Module) -> None:
             module.config._experts_implementation = "grouped_mm"
             log.info("%s: experts implementation grouped_mm instead of eager", name)
             continue
-        ways = [(method, partial(unlooped, method=method)) for method in loops_of(module)]
+        ways: list[tuple[str, Callable[[nn.Module], Any]]] = [
+            (method, partial(unlooped, method=method)) for method in loops_of(module)
+        ]
         if is_routed_loop(module):
             ways.append(("forward", routed))
         reasons = []

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from braze.kernels.spec import MoeSpec, RopeSpec, RouteSpec
-from braze.kernels.triton import align, compat, moe, rope, route
+from braze.kernels.triton import align, compat, moe, rope, route, separate
+from braze.kernels.triton.weights import Weights
 from braze.kernels.turning import Norm
 
 SILU = "g*u*sigmoid(g)"
@@ -38,7 +39,8 @@ class Workload:
 
 @dataclass(frozen=True)
 class Experts:
-    """Sizes and form of an expert layer; bias: its dtype; aligned: whether weights begin where 2D block loads can."""
+    """Sizes and form of an expert layer; bias: its dtype; aligned: whether weights begin where 2D block loads can; stored:
+    "stacked", "apart" where gate and up are two tensors, "separate" where each expert's are besides."""
 
     spec: MoeSpec
     experts: int = 8
@@ -48,6 +50,7 @@ class Experts:
     dtype: torch.dtype = BF16
     bias: torch.dtype | None = None
     aligned: bool = True
+    stored: str = "stacked"
 
     def weights(self) -> tuple[Tensor, Tensor]:
         columns = self.intermediate * (1 if self.spec.layout == "none" else 2)
@@ -66,7 +69,16 @@ class Experts:
         )
         x = torch.empty(tokens, self.hidden, dtype=self.dtype)
         ids, weights = torch.zeros(tokens, self.top_k, dtype=torch.int64), torch.zeros(tokens, self.top_k)
-        moe.run(x, ids, weights, w1, w2, b1, b2, self.spec)
+        moe.run(x, ids, weights, *self.stores(w1, w2), b1, b2, self.spec)
+
+    def stores(self, w1: Tensor, w2: Tensor) -> tuple[Tensor | Weights, Tensor | Weights]:
+        if self.stored == "stacked":
+            return w1, w2
+        gate, up = (torch.empty_like(half) for half in w1.chunk(2, 2 if self.spec.transposed else 1))
+        if self.stored == "apart":
+            return Weights(gate, up), w2
+        pairs = [w for pair in zip(gate, up, strict=True) for w in pair]
+        return separate.stacked(pairs, w2.unbind())
 
 
 #: The expert layers whose tiles are shipped: those of the models as transformers has them.
@@ -98,6 +110,10 @@ FORMS = {
     "interleaved transposed, fp16": Experts(_INTERLEAVED, dtype=torch.float16),
     "halves, fp32": Experts(_HALVES, dtype=torch.float32),
     "interleaved transposed, fp32": Experts(_INTERLEAVED, dtype=torch.float32),
+    "apart": Experts(_HALVES, stored="apart"),
+    "apart transposed, bias bf16": Experts(replace(_HALVES, transposed=True), bias=BF16, stored="apart"),
+    "separate, bias fp32": Experts(_HALVES, bias=torch.float32, stored="separate"),
+    "separate transposed": Experts(replace(_HALVES, transposed=True), stored="separate"),
     "halves, unaligned": Experts(_HALVES, aligned=False),
     "interleaved transposed, unaligned": Experts(_INTERLEAVED, aligned=False),
 }
