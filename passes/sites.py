@@ -7,6 +7,7 @@ A site names graph nodes (its inputs and its root, the node whose value the sema
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -147,14 +148,19 @@ class GraphReport:
     seconds: float = 0.0
 
 
+_UNLOOPED = ("braze", "unlooped.py")
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 
 
 def source_line(nodes: Sequence[fx.Node]) -> str:
-    """ "file:line in function" of the innermost model frame that the first of `nodes` with a stack trace carries."""
+    """ "file:line in function" of the innermost model frame that the first of `nodes` with a stack trace carries.
+
+    Of what took a loop's place in the model (`braze.unlooped`), the frame that calls it.
+    """
     for node in nodes:
         frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+        own = [f for f in frames if not f[0].startswith("<") and Path(f[0]).parts[-2:] != _UNLOOPED]
         if frames:
-            file, line, function = frames[-1]
+            file, line, function = (own or frames)[-1]
             return f"{file}:{line} in {function}"
     return "unknown"

@@ -255,6 +255,28 @@ def test_one_graph_with_the_same_result(kind: type[Layer]) -> None:
         assert_close(a, b, 2e-6)
 
 
+class Caller(nn.Module):
+    """What has such a layer in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Hit()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [Caller, Method])
+def test_what_is_told_names_a_line_of_the_model(kind: type[nn.Module]) -> None:
+    """That of the call, since the loop's own lines are not run."""
+    model = kind().eval()
+    without_loops(model)
+    fused = Fused(model, dynamic=False)
+    fused(tokens(Hit))
+    assert {f.kind for f in fused.findings} == {"moe", "router"}
+    assert all("test_routed_loops.py" in f.source for f in fused.findings)
+
+
 def test_another_number_of_tokens_is_the_same_graph() -> None:
     layer = Shared().eval()
     exact = copy.deepcopy(layer).double()
