@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from braze.routed import routed
-from braze.unlooping import KeepsLoop, unlooped
+from braze.unlooping import ChoosesNone, KeepsLoop, unlooped
 
 log = logging.getLogger("braze")
 
@@ -37,10 +37,16 @@ def is_routed_loop(module: nn.Module) -> bool:
     if "forward" in vars(module) or next(module.parameters(), None) is None:
         return False
     arguments = _arguments(function)
-    lists = any(isinstance(m, nn.ModuleList | nn.ModuleDict) and len(m) > 1 for m in module.modules())
+    lists = any(isinstance(m, nn.ModuleList | nn.ModuleDict) and _alike(m) for m in module.modules())
     needed = [p for p in arguments[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     own = [f for k in _kinds(module) for f in vars(k).values() if inspect.isfunction(f)]
     return len(needed) == 1 and lists and any("for " in _source(f) and _looks_at_values(f) for f in own)
+
+
+def _alike(modules: nn.Module) -> bool:
+    """Whether they are more than one, of one class."""
+    children = list(modules.children())
+    return len(children) > 1 and len({type(child) for child in children}) == 1
 
 
 def _kinds(module: nn.Module) -> list[type[nn.Module]]:
@@ -99,25 +105,27 @@ def without_loops(model: nn.Module) -> None:
             ways.append(("forward", routed))
         reasons = []
         for method, make in ways:
-            reason = _replace(module, method, make, made)
+            stays = _replace(module, method, make, made)
             where = ".".join(filter(None, (name, "" if method == "forward" else method))) or type(module).__name__
-            if reason is None:
+            if stays is None:
                 log.info("%s: its loop over experts became products that a graph holds", where)
                 break
-            reasons.append(f"{where} keeps its loop over experts: {reason}")
+            reasons.append((logging.INFO if isinstance(stays, ChoosesNone) else logging.WARNING, where, stays))
         else:
-            for reason in reasons:
-                log.warning("%s", reason)
+            for level, where, why in reasons:
+                log.log(level, "%s keeps its loop over experts: %s", where, why)
 
 
-def _replace(module: nn.Module, method: str, make: Callable[[nn.Module], Any], made: dict[Any, Any]) -> str | None:
+def _replace(
+    module: nn.Module, method: str, make: Callable[[nn.Module], Any], made: dict[Any, Any]
+) -> KeepsLoop | None:
     """Sets what takes the loop's place, which layers that are alike share; why not, where nothing does."""
     key = method, _likeness(module)
     try:
         if key not in made:
             made[key] = make(module)
     except KeepsLoop as e:
-        return str(e)
+        return e
     setattr(module, method, made[key].of(module))
     return None
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from braze.one_expert import Expert, NoExpert, Part, Recorder
 from braze.unlooped import Routed
-from braze.unlooping import MAX_COPY, KeepsLoop, made_of, sizes, worthwhile
+from braze.unlooping import MAX_COPY, ChoosesNone, KeepsLoop, made_of, sizes, worthwhile
 
 aten = torch.ops.aten
 
@@ -169,8 +169,8 @@ class _Chosen(Recorder):
         return self.reshaped(node, value.reshape(1, -1))
 
 
-def scout(module: nn.Module, hidden: int) -> tuple[Choice, Tensor]:
-    """Where the layer chooses, and the token [1, H] or [1, 1, H] that its forward takes; NoExpert where it does not run."""
+def scout(module: nn.Module, hidden: int) -> tuple[Choice, Tensor] | None:
+    """Where the layer chooses, and the token [1, H] or [1, 1, H] that its forward takes; None where it does not run so."""
     like = next(module.parameters())
     row = torch.randn(1, hidden, generator=torch.Generator().manual_seed(0)).to(like)
     for x in (row[None], row):
@@ -182,7 +182,7 @@ def scout(module: nn.Module, hidden: int) -> tuple[Choice, Tensor]:
         if found.found is None:
             raise NoExpert("it has no top-k")
         return found.found, x
-    raise NoExpert("its forward does not run on one token alone")
+    return None
 
 
 def trace(module: nn.Module, x: Tensor, choice: Choice, expert: int) -> Layer:
@@ -295,13 +295,14 @@ def _built(module: nn.Module) -> tuple[Routed, Choice]:
 
 
 def _scouted(module: nn.Module) -> tuple[Choice, Tensor]:
-    reason = "its forward does not run on one token alone"
     for hidden in sizes(module):
         try:
-            return scout(module, hidden)
+            found = scout(module, hidden)
         except NoExpert as error:
-            reason = str(error)
-    raise KeepsLoop(reason)
+            raise ChoosesNone(str(error)) from error
+        if found is not None:
+            return found
+    raise ChoosesNone("its forward does not run on one token alone")
 
 
 def _compared(made: Routed, choice: Choice) -> Routed:

@@ -31,6 +31,10 @@ class KeepsLoop(Exception):
     """Why a module's loop stays."""
 
 
+class ChoosesNone(KeepsLoop):
+    """Why a module, whatever it loops over, chooses no experts for a token."""
+
+
 def unlooped(module: nn.Module, method: str = "forward") -> Unlooped:
     """The method's computation without its loop, compared with it; KeepsLoop with the reason where there is none."""
     reasons = []

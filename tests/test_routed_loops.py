@@ -419,6 +419,25 @@ def test_layers_that_are_alike_share_what_was_worked_out(monkeypatch: pytest.Mon
     assert fused.count("moe") == [4]
 
 
+class Pyramid(nn.Module):
+    """No experts: layers one after the other, with a look at values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Mlp() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.where(x > 0, layer(x), x)
+        return x
+
+
+def test_what_chooses_no_experts_is_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "braze"):
+        without_loops(Pyramid().eval())
+    assert [r.levelno for r in caplog.records] == [logging.INFO] and "no top-k" in caplog.text
+
+
 def test_hooks_keep_the_loop(caplog: pytest.LogCaptureFixture) -> None:
     layer = Hit().eval()
     layer.experts[2].register_forward_hook(lambda module, args, out: out * 2)
