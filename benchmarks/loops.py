@@ -18,29 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moe import SHAPES
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, silu
 
 import braze
+from braze.tune import Shape
 
 TOLERANCE = 2e-2  # beside the eager layer, in bfloat16 too
 
 
-@dataclass(frozen=True)
-class Shape:
-    experts: int
-    top_k: int
-    hidden: int
-    intermediate: int
-
-
-GPU = {
-    "mixtral_8x7b": Shape(8, 2, 4096, 14336),
-    "qwen3_30b_a3b": Shape(128, 8, 2048, 768),
-    "deepseek_v2_lite": Shape(64, 6, 2048, 1408),
-}
+GPU = {name: SHAPES[name] for name in ("mixtral_8x7b", "qwen3_30b_a3b", "deepseek_v2_lite")}
 CPU = {"mixtral": Shape(8, 2, 1024, 1792), "qwen3": Shape(32, 8, 1024, 512)}
 
 

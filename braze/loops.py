@@ -6,7 +6,7 @@ A loop is a method (x, ids, weights) (braze.unlooping), or a forward that also c
 import inspect
 import logging
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -33,14 +33,14 @@ def is_loop(module: nn.Module, method: str = "forward") -> bool:
 
 def is_routed_loop(module: nn.Module) -> bool:
     """Whether the module's forward takes tokens, chooses among experts and loops over them."""
-    function = type(module).forward
     if "forward" in vars(module) or next(module.parameters(), None) is None:
         return False
-    arguments = _arguments(function)
-    lists = any(isinstance(m, nn.ModuleList | nn.ModuleDict) and _alike(m) for m in module.modules())
-    needed = [p for p in arguments[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    arguments = _arguments(type(module).forward)[1:]
+    needed = [p for p in arguments if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     own = [f for k in _kinds(module) for f in vars(k).values() if inspect.isfunction(f)]
-    return len(needed) == 1 and lists and any("for " in _source(f) and _looks_at_values(f) for f in own)
+    if len(needed) != 1 or not any("for " in _source(f) and _looks_at_values(f) for f in own):
+        return False
+    return any(isinstance(m, nn.ModuleList | nn.ModuleDict) and _alike(m) for m in module.modules())
 
 
 def _alike(modules: nn.Module) -> bool:
@@ -50,7 +50,7 @@ def _alike(modules: nn.Module) -> bool:
 
 
 def _kinds(module: nn.Module) -> list[type[nn.Module]]:
-    """The classes of a module that are not torch's own."""
+    """A module's class and its bases, but for the one of all modules."""
     return [k for k in type(module).__mro__ if k is not nn.Module and issubclass(k, nn.Module)]
 
 
@@ -60,6 +60,7 @@ def loops_of(module: nn.Module) -> list[str]:
     return sorted(n for n in names if (n not in _METHODS_OF_TORCH or n == "forward") and is_loop(module, n))
 
 
+@lru_cache(maxsize=4096)  # a model has many modules of few classes
 def _arguments(function: Any) -> list[inspect.Parameter]:
     try:
         return list(inspect.signature(function).parameters.values())
@@ -79,9 +80,10 @@ def capture_settings(model: nn.Module) -> dict[str, Any]:
     return {"capture_scalar_outputs": True} if splits else {}
 
 
-def _source(forward: Any) -> str:
+@lru_cache(maxsize=4096)
+def _source(function: Any) -> str:
     try:
-        return inspect.getsource(forward)
+        return inspect.getsource(function)
     except (OSError, TypeError):
         return ""
 

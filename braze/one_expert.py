@@ -7,6 +7,7 @@ are the operations from the row to the result; a part taken of a stacked paramet
 
 import operator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -50,7 +51,7 @@ class Expert:
     code: fx.Graph
     parts: tuple[Part, ...]
 
-    @property
+    @cached_property
     def text(self) -> str:
         number = {n: f"%{i}" for i, n in enumerate(self.code.nodes)}
         lines = [fx.node.map_arg((n.args, n.kwargs), lambda a: _Name(number[a])) for n in self.code.nodes]
@@ -69,7 +70,8 @@ class _Name(str):
         return str(self)
 
 
-def _storage(x: Tensor) -> int:
+def storage(x: Tensor) -> int:
+    """Where the memory that a tensor views begins."""
     return x.untyped_storage().data_ptr()
 
 
@@ -99,11 +101,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         if func in _VIEWS and id(args[0]) in self.parameters:
             self.parameters[id(out)] = self.parameters[id(args[0])]
         elif name in _FRESH:
-            self.fresh[_storage(out)] = None if "empty" in name else (func, args, kwargs)
+            self.fresh[storage(out)] = None if "empty" in name else (func, args, kwargs)
         else:
             self._record(func, name, args, kwargs, out)
             if name.endswith("_") and isinstance(out, Tensor):
-                self.fresh.pop(_storage(out), None)
+                self.fresh.pop(storage(out), None)
         return out
 
     def _record(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
@@ -113,8 +115,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         if part is not None:
             self.known[id(out)] = part
             return
-        seen = self.known.keys() | self.parameters.keys()
-        if out is None or not any(id(a) in seen for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)):
+        given = (id(a) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor))
+        if out is None or not any(a in self.known or a in self.parameters for a in given):
             return
         if name in ("mul", "mul_") and any(self._is_constant(a, 0.0) for a in args[:2]):
             self.known.pop(id(out), None)
@@ -143,7 +145,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
     def _aliases(self, out: Tensor) -> list[Tensor]:
         """The tensors that are in the same memory in the same shape."""
         tensors = [t for t in tree_leaves(self.alive) if isinstance(t, Tensor) and t.shape == out.shape]
-        return [out, *(t for t in tensors if _storage(t) == _storage(out))]
+        return [out, *(t for t in tensors if storage(t) == storage(out))]
 
     def _give(self, out: Tensor, node: fx.Node) -> None:
         node.meta["shape"] = tuple(out.shape)
@@ -169,7 +171,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             return self._taken(Part(self.parameters[id(a)], tuple(a.shape), None))
         if a.numel() == 1:
             return a.item()
-        made = self.fresh.get(_storage(a))
+        made = self.fresh.get(storage(a))
         if made is not None:
             func, args, kwargs = made
             return self.graph.call_function(func, *tree_map(self._operand, (args, kwargs)))

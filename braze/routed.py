@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from braze.one_expert import Expert, NoExpert, Part, Recorder
+from braze.one_expert import Expert, NoExpert, Part, Recorder, storage
 from braze.unlooped import Routed
-from braze.unlooping import MAX_COPY, ChoosesNone, KeepsLoop, made_of, sizes, worthwhile
+from braze.unlooping import ChoosesNone, KeepsLoop, hidden_of, made_of, sizes, small, worthwhile
 
 aten = torch.ops.aten
 
@@ -91,12 +91,11 @@ class _Scout(TorchDispatchMode):  # type: ignore[misc]
         elif (of_weights or (picked and of_ids)) and not self.begun:
             self.weights.add(id(out))
             if out.numel() == self.found.k and (name.endswith("_") or not _is_view(out, args)):
-                self.found = Choice(self.found.top, self.count, self.found.k, self.found.experts)
+                self.found = replace(self.found, weights=self.count)
 
 
 def _is_view(out: Tensor, args: Any) -> bool:
-    at = out.untyped_storage().data_ptr()
-    return any(isinstance(a, Tensor) and a.untyped_storage().data_ptr() == at for a in args)
+    return any(isinstance(a, Tensor) and storage(a) == storage(out) for a in args)
 
 
 class _Chosen(Recorder):
@@ -197,19 +196,24 @@ def trace(module: nn.Module, x: Tensor, choice: Choice, expert: int) -> Layer:
         isinstance(out, tuple) and all(o is None or isinstance(o, Tensor) for o in out)
     ):
         raise NoExpert(f"it returns a {type(out).__name__}, not a tensor or a tuple of tensors")
-    given = (out,) if isinstance(out, Tensor) else out
-    results = [found.returned(o) for o in given if o is not None]
+    results = tuple(map(found.returned, _tensors(out)))
     parts = {node: part for part, node in found.taken.items()}
-    router = _cut([found.row], [found.ids, found.weights], parts)
-    one = _cut([found.row], [found.reshaped(found.expert, torch.empty(found.row.meta["shape"]))], parts)
+    router = _cut([found.row], (found.ids, found.weights), parts)
+    one = _cut([found.row], found.reshaped(found.expert, torch.empty(found.row.meta["shape"])), parts)
     after = _cut([found.row, found.y], results, parts)
     returns = None if isinstance(out, Tensor) else tuple(o is not None for o in out)
     return Layer(router, Expert(one.graph, one.parts), after, returns)
 
 
-def _cut(inputs: list[fx.Node], outputs: list[fx.Node], parts: dict[fx.Node, Part]) -> Code:
-    """The part of a graph between inputs and outputs, with the parts of parameters that it needs."""
-    needed, work = set(outputs), list(outputs)
+def _tensors(out: Any) -> list[Tensor]:
+    """What a layer returned but for what is none."""
+    return [out] if isinstance(out, Tensor) else [o for o in out if o is not None]
+
+
+def _cut(inputs: list[fx.Node], output: fx.Node | tuple[fx.Node, ...], parts: dict[fx.Node, Part]) -> Code:
+    """The part of a graph between inputs and output, with the parts of parameters that it needs."""
+    work = list(output) if isinstance(output, tuple) else [output]
+    needed = set(work)
     while work:
         for node in work.pop().all_input_nodes:
             if node not in needed:
@@ -225,8 +229,7 @@ def _cut(inputs: list[fx.Node], outputs: list[fx.Node], parts: dict[fx.Node, Par
             if node.op == "placeholder":
                 raise NoExpert("an expert takes the sum of the others' results")
             new[node] = graph.node_copy(node, lambda n: new[n])
-    results = [new[n] for n in outputs]
-    graph.output(results[0] if len(results) == 1 and inputs[-1].name != "y" else tuple(results))
+    graph.output(fx.node.map_arg(output, lambda n: new[n]))
     return Code(graph, tuple(parts[n] for n in placed if n in parts))
 
 
@@ -245,7 +248,7 @@ def _routed(module: nn.Module) -> Routed:
     if any(m._forward_hooks or m._forward_pre_hooks for m in module.modules() if m is not module):
         raise KeepsLoop("its experts have hooks")
     made, choice = _built(module)
-    if made.kind[1].itemsize < 4 and sum(p.numel() for p in module.parameters()) <= MAX_COPY:
+    if made.kind[1].itemsize < 4 and small(module):
         # What 16 bits tell apart is little: the same in float32 is what is compared, and that the two are the same.
         wide, _ = _built(copy.deepcopy(module).float())
         if _text(wide) != _text(made):
@@ -307,8 +310,7 @@ def _scouted(module: nn.Module) -> tuple[Choice, Tensor]:
 
 def _compared(made: Routed, choice: Choice) -> Routed:
     """`made`, which knows how its results lie; KeepsLoop where it does not compute what the layer does."""
-    small = sum(p.numel() for p in made.module.parameters()) <= MAX_COPY
-    if small:
+    if small(made.module):
         try:
             return _compared_as(copy.deepcopy(made.module).double(), made, choice)
         except RuntimeError:  # what it computes in float32 and the rest do not go together
@@ -320,19 +322,18 @@ def _compared_as(module: nn.Module, made: Routed, choice: Choice) -> Routed:
     """`made`, compared by a module of the same weights in some dtype."""
     like = next(module.parameters())
     tokens = max(3, 2 * choice.experts // choice.k)
-    shape = (2, tokens, _hidden(made)) if made.kind[0] == 3 else (2 * tokens, _hidden(made))
+    hidden = hidden_of(made.experts)
+    shape = (2, tokens, hidden) if made.kind[0] == 3 else (2 * tokens, hidden)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(like)
     before = _attributes(module)
     with torch.no_grad(), _Narrow() as narrow:
         expected = type(module).forward(module, x)
     if _attributes(module) != before:
         raise KeepsLoop("its forward sets attributes")
-    wanted = [expected] if isinstance(expected, Tensor) else [t for t in expected if t is not None]
-    batched = tuple(_batched(t, x) for t in wanted)
-    made = replace(made, batched=batched)
+    wanted = _tensors(expected)
+    made = replace(made, batched=tuple(_batched(t, x) for t in wanted))
     with torch.no_grad():
-        result = made.of(module).compute(x)
-    got = [result] if isinstance(result, Tensor) else [t for t in result if t is not None]
+        got = _tensors(made.of(module).compute(x))
     for a, b in zip(got, wanted, strict=True):
         error = _difference(a, b)
         if (a.shape, a.dtype) != (b.shape, b.dtype) or not error <= _tolerance(like.dtype, narrow.seen):
@@ -373,7 +374,3 @@ class _Narrow(TorchDispatchMode):  # type: ignore[misc]
 def _attributes(module: nn.Module) -> list[tuple[str, int]]:
     own = ("_parameters", "_buffers", "_modules")
     return [(n, id(v)) for m in module.modules() for n, v in vars(m).items() if n not in own]
-
-
-def _hidden(made: Routed) -> int:
-    return int(next(iter(made.router.graph.nodes)).meta["shape"][-1])

@@ -71,14 +71,12 @@ class Unlooped:
     def parameters(self) -> list[Any]:
         """For each part: [experts, ...] where stacked, else a list of the experts'."""
         if self.stacked:
-            return [self._whole(p)[: self.experts] for p in self.parts[0]]
+            return [whole(self.module, p)[: self.experts] for p in self.parts[0]]
         return [list(map(self._part, same)) for same in zip(*self.parts, strict=True)]
 
-    def _whole(self, part: Part) -> Tensor:
-        return whole(self.module, part)
-
     def _part(self, part: Part) -> Tensor:
-        return self._whole(part) if part.index is None else self._whole(part)[part.index]
+        found = whole(self.module, part)
+        return found if part.index is None else found[part.index]
 
     def compute(self, x: Tensor, ids: Tensor, weights: Tensor, parameters: Sequence[Any]) -> Tensor:
         """The result, from what `parameters` gives."""

@@ -35,6 +35,11 @@ class ChoosesNone(KeepsLoop):
     """Why a module, whatever it loops over, chooses no experts for a token."""
 
 
+def small(module: nn.Module) -> bool:
+    """Whether a copy in another dtype is made for a comparison."""
+    return sum(p.numel() for p in module.parameters()) <= MAX_COPY
+
+
 def unlooped(module: nn.Module, method: str = "forward") -> Unlooped:
     """The method's computation without its loop, compared with it; KeepsLoop with the reason where there is none."""
     reasons = []
@@ -100,7 +105,7 @@ def worthwhile(made: Unlooped) -> Unlooped:
 def _unfused(made: Unlooped) -> str | None:
     """Why the passes make no expert site of it, on a graph of a few tokens; None where they do."""
     like = next(made.module.parameters())
-    x = torch.ones(6, _hidden(made), dtype=like.dtype, device=like.device)
+    x = torch.ones(6, hidden_of(made), dtype=like.dtype, device=like.device)
     ids = torch.zeros(6, 2, dtype=torch.int64, device=like.device)
     weights = torch.ones_like(ids, dtype=like.dtype)
     given = nn.functional.one_hot(ids, made.experts) if made.by_mask else ids
@@ -159,12 +164,10 @@ def _stacked(parts: Sequence[tuple[Part, ...]]) -> bool:
 
 def _compared(made: Unlooped) -> Unlooped:
     """`made`, with the shape of result that the loop has; KeepsLoop where the two do not compute the same."""
-    module = made.module
-    small = sum(p.numel() for p in module.parameters()) <= MAX_COPY
-    module = copy.deepcopy(module).double() if small else module
+    module = copy.deepcopy(made.module).double() if small(made.module) else made.module
     like = next(module.parameters())
     rng = torch.Generator().manual_seed(1)
-    hidden = _hidden(made)
+    hidden = hidden_of(made)
     every = made.experts + (made.rest is not None)
     ids = torch.stack([torch.randperm(every, generator=rng)[: min(2, every)] for _ in range(6)]).to(like.device)
     weights = torch.randn(ids.shape, generator=rng).to(like)
@@ -197,6 +200,7 @@ def _compared(made: Unlooped) -> Unlooped:
     return replace(made, batched_result=shapes.pop())
 
 
-def _hidden(made: Unlooped) -> int:
+def hidden_of(made: Unlooped) -> int:
+    """The size of a row."""
     row = next(iter(made.one.graph.nodes))
     return int(row.meta["shape"][-1])

@@ -63,6 +63,15 @@ def _expert(
     return _product(apply_torch(spec.activation, gate, up).to(x.dtype), w2, b2, spec)
 
 
+def unlike(**lists: Sequence[Tensor]) -> str | None:
+    """Which of the experts' lists, by name, has tensors that a kernel could not take for one another; None where none has."""
+    for name, tensors in lists.items():
+        kinds = [(t.dtype, t.device, t.shape, t.stride()) for t in tensors]
+        if any(kind != kinds[0] for kind in kinds):
+            return f"the experts' {name} differ in dtype, device, shape or strides"
+    return None
+
+
 def lists(
     gate: Tensor, up: Tensor, w2: Tensor, b_gate: Tensor | None, b_up: Tensor | None, b2: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:

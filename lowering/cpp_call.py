@@ -22,7 +22,7 @@ def lower_moe(
 ) -> Any:
     """`braze::moe` as the call, or whole where the kernel does not take it (another device, another dtype ...)."""
     spec, known = MoeSpec(**attributes), fakes(inductor.current_call())
-    if compat.platform(known[0].device) != "cpu" or moe.supports(*known, spec) is not None:
+    if _refused(moe, known, spec):
         return inductor.whole(torch.ops.braze.moe.default)(x, ids, weights, w1, w2, b1, b2, **attributes)
     given = [x if b is None else b for b in (b1, b2)]
 
@@ -42,7 +42,7 @@ def lower_separate(
 ) -> Any:
     """`braze::moe_separate` likewise."""
     spec, lists, known = MoeSpec(**attributes), (w1, w2, b1, b2), fakes(inductor.current_call())
-    if compat.platform(known[0].device) != "cpu" or moe_separate.supports(*known, spec) is not None:
+    if _refused(moe_separate, known, spec):
         return inductor.whole(torch.ops.braze.moe_separate.default)(x, ids, weights, *lists, **attributes)
     tensors = moe_separate.counts(*lists)
 
@@ -54,6 +54,11 @@ def lower_separate(
         x.get_size(), spec.out_dtype or x.get_dtype(), (x, ids, weights, *w1, *w2, *b1, *b2),
         moe.source(known[0], spec, tensors), numbers, argument_types(tensors),
     )  # fmt: skip
+
+
+def _refused(kernel: Any, known: Sequence[Any], spec: MoeSpec) -> bool:
+    """Whether a kernel does not take a call's tensors; a GPU may be simulated on the CPU's."""
+    return compat.platform(known[0].device) != "cpu" or kernel.supports(*known, spec) is not None
 
 
 def lower_mlp(x: Any, w1: list[Any], w2: Any, b1: list[Any], b2: Any = None, **attributes: Any) -> Any:

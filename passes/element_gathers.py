@@ -169,12 +169,10 @@ def _sum_at(ev: Elements, base: Any, where: Any, values: Any, idx: Position) -> 
 
 def _known_rows(ev: Elements, where: Any, place: Any, count: int, places: int) -> list[int] | None:
     """The rows that go to a place, where that is written into the graph."""
+    if not isinstance(place, int):
+        return None
     rest = (0,) * (len(ev.shape(where)) - 1)
-    for rows in (
-        ([place + j * places for j in range(count)], [place * count + j for j in range(count)])
-        if isinstance(place, int)
-        else ()
-    ):
+    for rows in ([place + j * places for j in range(count)], [place * count + j for j in range(count)]):
         if all(ev.indices.at(where, (r, *rest)).const == place for r in rows):
             return rows
     return None

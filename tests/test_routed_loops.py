@@ -336,16 +336,26 @@ class Remembers(Hit):
         return super().forward(hidden_states)
 
 
-class OnInput(Layer):
-    """The weight multiplies what goes into an expert."""
+class AddedUp(Layer):
+    """What `one` makes of the rows of each expert, added up."""
+
+    def one(self, e: int, rows: Tensor, own: Tensor, x: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.choose(self.gate(x))
         out = torch.zeros_like(x)
-        for e, expert in enumerate(self.experts):
+        for e in range(E):
             token, slot = torch.where(ids == e)
-            out.index_add_(0, token, expert(x[token] * weights[token, slot, None]))
+            out.index_add_(0, token, self.one(e, x[token], weights[token, slot, None], x))
         return out
+
+
+class OnInput(AddedUp):
+    """The weight multiplies what goes into an expert."""
+
+    def one(self, e: int, rows: Tensor, own: Tensor, x: Tensor) -> Tensor:
+        return self.experts[e](rows * own)  # type: ignore[no-any-return]
 
 
 class Clamps(Masked):
@@ -357,29 +367,19 @@ class Clamps(Masked):
         return super().forward(x)
 
 
-class OfAll(Layer):
+class OfAll(AddedUp):
     """Experts see a mean over all tokens, which no token alone has."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        weights, ids = self.choose(self.gate(x))
-        out, middle = torch.zeros_like(x), x.mean(0, keepdim=True)
-        for e, expert in enumerate(self.experts):
-            token, slot = torch.where(ids == e)
-            out.index_add_(0, token, expert(x[token] + middle) * weights[token, slot, None])
-        return out
+    def one(self, e: int, rows: Tensor, own: Tensor, x: Tensor) -> Tensor:
+        return self.experts[e](rows + x.mean(0, keepdim=True)) * own  # type: ignore[no-any-return]
 
 
-class Different(Layer):
+class Different(AddedUp):
     """One expert is another function."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        weights, ids = self.choose(self.gate(x))
-        out = torch.zeros_like(x)
-        for e, expert in enumerate(self.experts):
-            token, slot = torch.where(ids == e)
-            y = expert(x[token]) if e != 3 else expert.down_proj(silu(expert.gate_proj(x[token])))
-            out.index_add_(0, token, y * weights[token, slot, None])
-        return out
+    def one(self, e: int, rows: Tensor, own: Tensor, x: Tensor) -> Tensor:
+        expert: Any = self.experts[e]
+        return (expert(rows) if e != 3 else expert.down_proj(silu(expert.gate_proj(rows)))) * own  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(

@@ -4,46 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch import Tensor
 
 from braze.kernels import reference
 from braze.kernels.spec import MoeSpec
 from braze.kernels.triton import separate
 from tests.harness import assert_close
+from tests.test_expert_loops import H, Loop
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 needs_device = pytest.mark.skipif(not GPU, reason="no GPU")
 EXPERTS, HIDDEN, INNER, K = 6, 128, 64, 2
-
-
-class Expert(nn.Module):
-    """gate, up and down of an expert as layers of their own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.up = nn.Linear(HIDDEN, INNER, bias=False), nn.Linear(HIDDEN, INNER, bias=False)
-        self.down = nn.Linear(INNER, HIDDEN, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
-
-
-class Layer(nn.Module):
-    """A list of experts, all on every token, masked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.router = nn.Linear(HIDDEN, EXPERTS, bias=False)
-        self.experts = nn.ModuleList(Expert() for _ in range(EXPERTS))
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights, ids = self.router(x).softmax(-1).topk(K)
-        y = torch.zeros_like(x)
-        for e, expert in enumerate(self.experts):
-            y = y + (weights * (ids == e)).sum(-1, keepdim=True) * expert(x)
-        return y
 
 
 @pytest.fixture(autouse=True)
@@ -55,13 +27,13 @@ def fresh() -> None:
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_weights_may_change_and_move(mode: str) -> None:
     """Also where the launches are in a CUDA graph, which has the addresses that it was recorded with."""
-    layer, exact = Layer().to(DEVICE), Layer().to(DEVICE).double()
+    layer, exact = Loop().to(DEVICE), Loop().to(DEVICE).double()
     options = {"require": ["moe"], "triton.cudagraphs": mode == "reduce-overhead"}
     compiled = torch.compile(layer, backend="braze", options=options)
 
     def check() -> None:
         exact.load_state_dict(layer.state_dict())
-        x = torch.randn(9, HIDDEN, device=DEVICE)
+        x = torch.randn(9, H, device=DEVICE)
         assert_close(compiled(x).clone(), exact(x.double()), 2e-5)
 
     with torch.no_grad():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from braze.kernels.cpp import moe
+from braze.kernels.separate import unlike
 from braze.kernels.spec import MoeSpec
 
 MOST = 1024  # pointers that a function takes
@@ -23,11 +24,8 @@ def supports(
     tensors = counts(w1, w2, b1, b2)
     if sum(tensors) > MOST:
         return f"{sum(tensors)} tensors exceed {MOST}"
-    for name, each in (("w1", w1), ("w2", w2), ("b1", b1), ("b2", b2)):
-        alike = {(t.dtype, t.device, tuple(t.shape), t.stride()) for t in each}
-        if len(alike) > 1:
-            return f"the experts' {name} differ in dtype, device, shape or strides"
-    reason = moe.refusal(x, ids, weights, w1[0], w2[0], first(b1), first(b2), spec)
+    reason = unlike(w1=w1, w2=w2, b1=b1, b2=b2)
+    reason = reason or moe.refusal(x, ids, weights, w1[0], w2[0], first(b1), first(b2), spec)
     if reason is not None:
         return reason
     kernel, reason = moe.build(x, spec, tensors)

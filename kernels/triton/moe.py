@@ -159,7 +159,7 @@ def _result(x: Tensor, ids: Tensor, spec: MoeSpec, combine: bool) -> Tensor:
 
 def problem(x: Tensor, ids: Tensor, first: Weights, second: Weights, spec: MoeSpec) -> Problem:
     """What the choice of tiles depends on."""
-    layout = "apart" if first.up is not None else spec.layout
+    layout = first.layout(spec.layout)
     blocks = first.takes_block(layout) and second.takes_block("none")
     up, down = first.each, second.each
     return Problem(
@@ -260,7 +260,7 @@ def _activations(
     from braze.kernels.triton.combine import permute
 
     rows, columns = found.ids.numel(), w.columns
-    layout = spec.layout if w.up is None else "apart"
+    layout = w.layout(spec.layout)
     gathers = found.direct or not config.permute
     a = x if gathers else permute(x, found.order, found.ids.shape[1], start, overlap)
     first = Product(a, w, bias, x, True, spec.weight_on == "input", layout, 1.0, config.first, gathers)

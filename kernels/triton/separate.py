@@ -24,21 +24,19 @@ def supports(
     x: Tensor, ids: Tensor, weights: Tensor, w1: Sequence[Tensor], w2: Sequence[Tensor], b1: Sequence[Tensor],
     b2: Sequence[Tensor], spec: MoeSpec,
 ) -> str | None:  # fmt: skip
-    """Why `run` would not use the kernels for these tensors (fake ones too), in words; None where it does."""
-    for name, each in (("w1", w1), ("w2", w2), ("b1", b1), ("b2", b2)):
-        if _unlike(each):
-            return f"the experts' {name} differ in dtype, device, shape or strides"
+    """Why `run` can't take these tensors (fake ones too), in words; None where it can."""
+    reason = separate.unlike(w1=w1, w2=w2, b1=b1, b2=b2)
     bias, bias2 = (b[0][None] if b else None for b in (b1, b2))
-    return moe.supports(x, ids, weights, _first(w1, len(w2)), _first(w2, len(w2)), bias, bias2, spec)
+    return reason or moe.supports(x, ids, weights, _first(w1, len(w2)), _first(w2, len(w2)), bias, bias2, spec)
 
 
 def run(
     x: Tensor, ids: Tensor, weights: Tensor, w1: Sequence[Tensor], w2: Sequence[Tensor], b1: Sequence[Tensor],
     b2: Sequence[Tensor], spec: MoeSpec,
 ) -> Tensor:  # fmt: skip
-    """As `braze.kernels.separate.moe`, which runs where the kernels can't."""
+    """As `braze.kernels.separate.moe`, which runs where an address is not aligned, on tensors that `supports` takes."""
     addresses = _addresses(w1, w2)
-    if reduce(or_, addresses) % ALIGNMENT or supports(x, ids, weights, w1, w2, b1, b2, spec):
+    if reduce(or_, addresses) % ALIGNMENT:
         return separate.moe(x, ids, weights, w1, w2, b1, b2, spec)
     experts = len(w2)
     bias = torch.stack(tuple(b1)).view(experts, -1) if b1 else None
@@ -61,12 +59,6 @@ def _first(tensors: Sequence[Tensor], experts: int, table: Tensor | None = None)
     """The first expert's weights as if they were everyone's."""
     each, *up = (w.expand(experts, -1, -1) for w in tensors[: len(tensors) // experts])
     return Weights(each, up[0] if up else None, table)
-
-
-def _unlike(tensors: Sequence[Tensor]) -> bool:
-    kinds = ((t.dtype, t.device, t.shape, t.stride()) for t in tensors)
-    first = next(kinds, None)
-    return any(kind != first for kind in kinds)
 
 
 _tables: dict[tuple[int, ...], Tensor] = {}

@@ -168,7 +168,7 @@ def launch(
     hidden = x.shape[1]
     experts, _, inner = down.each.shape
     first, second = config.first, config.second
-    layout = spec.layout if up.up is None else "apart"
+    layout = up.layout(spec.layout)
     cols = first.columns if layout == "none" else first.columns // 2
     h = x.new_empty(tokens * k, inner)
     constants = {

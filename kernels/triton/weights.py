@@ -37,6 +37,10 @@ class Weights:
         """What of them a table does not show."""
         return () if self.table is None else (self.each.shape, self.each.stride(), self.each.dtype, self.up is None)
 
+    def layout(self, of_one: str) -> str:
+        """Of gate and up: "apart" where they are two tensors, otherwise what it is in one."""
+        return of_one if self.up is None else "apart"
+
     @property
     def columns(self) -> int:
         """Of gate and up together."""
