@@ -3,10 +3,10 @@
 Providers side by side: eager, stock torch.compile (static and dynamic), Liger-Kernel where it is installed and has the form,
 and braze as it chooses by itself; in place is braze's Triton kernel over its inputs, as Liger-Kernel's is, and as braze has it
 where a projection made them; --providers has its pointwise code and its kernel called alone, too. copy clones q and k: the
-floor. Where k goes into a cache, it is written to rows of a tensor [1, H, T, D] that the caller keeps, by index. A GPU is timed
-by CUDA graphs over input sets that together exceed its L2 cache; a CPU by calls of all providers in turn, on one thread, one
-token also as LAYERS preambles of one graph, since what a call of a graph costs is shared by a model's layers. In brackets: the
-copy's time over the provider's, and stock's time over the provider's.
+floor. Where k goes into a cache, it is written to rows of a tensor [1, H, T, D] that the caller keeps, by index. All are timed
+in turn: a GPU by CUDA graphs over input sets that together exceed its L2 cache; a CPU by calls on one thread, one token also as
+LAYERS preambles of one graph, since what a call of a graph costs is shared by a model's layers. In brackets: the copy's time
+over the provider's, and stock's time over the provider's.
 
     python benchmarks/rope.py [--quick] [--json FILE] [--variant TEXT] [--tokens N ...] [--providers NAME ...] [--tune]
 """
@@ -232,28 +232,33 @@ def check(name: str, function: Function, variant: Variant, inputs: tuple[Tensor,
         assert error < 1.2e-2, (variant.name, name, error)
 
 
-def gpu_time(function: Function, sets: list[tuple[Tensor, ...]], repeats: int) -> float:
-    """Microseconds a call: the median of replays of one graph that calls the function on each set."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+def graph_of(function: Function, sets: list[tuple[Tensor, ...]]) -> torch.cuda.CUDAGraph:
+    """A graph that calls the function on each set."""
+    with torch.cuda.stream(torch.cuda.Stream()):
         for inputs in sets[:2]:
             function(*inputs)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = [function(*inputs) for inputs in sets]
+        for inputs in sets:
+            function(*inputs)
     graph.replay()
-    times = []
+    return graph
+
+
+def gpu_times(functions: list[Function], sets: list[tuple[Tensor, ...]], repeats: int) -> list[list[float]]:
+    """Microseconds a call: for each function, the times of rounds that replay every function's graph once."""
+    graphs = [graph_of(f, sets) for f in functions]
+    times: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(sets))
-    del graph, results
-    torch.cuda.empty_cache()
-    return statistics.median(times)
+        for graph, taken in zip(graphs, times, strict=True):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            taken.append(start.elapsed_time(end) * 1e3 / len(sets))
+    return times
 
 
 def cpu_times(functions: list[Function], inputs: tuple[Tensor, ...], repeats: int) -> list[list[float]]:
@@ -289,7 +294,7 @@ def measure(
     if device == "cuda":
         size = sum(x.numel() * x.element_size() for x in inputs)
         sets = [inputs, *(make(variant, tokens, heads, device) for _ in range(min(63, L2_BYTES * 2 // size)))]
-        times = [[gpu_time(f, sets, repeats)] for f in working.values()]
+        times = gpu_times(list(working.values()), sets, repeats)
     else:
         times = cpu_times(list(working.values()), inputs, repeats)
     by_name = dict(zip(working, times, strict=True))
@@ -349,8 +354,8 @@ def tune(variants: list[Variant], console: Console) -> None:
     for variant in variants:
         for tokens in (256, 4096, 16384):
             sets = [make(variant, tokens, (32, 8), "cuda") for _ in range(3)]
-            floor = gpu_time(copy, sets, 20)
-            times = [gpu_time(kernel(variant, tile=t, warps=w), sets, 20) for t, w in choices]
+            functions = [copy, *(kernel(variant, tile=t, warps=w) for t, w in choices)]
+            floor, *times = map(statistics.median, gpu_times(functions, sets, 20))
             table.add_row(variant.name, str(tokens), *(f"{floor / t:.2f}" for t in times))
     console.print(table)
 

@@ -24,6 +24,7 @@ from braze.kernels.cpp import rope as cpp_rope
 from braze.kernels.cpp import route as cpp_route
 from braze.kernels.spec import MoeSpec, NormSpec, RopeSpec, RouteSpec
 from braze.kernels.triton import compat
+from braze.kernels.triton import mlp as triton_mlp
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
 from braze.kernels.triton import separate as triton_separate
@@ -212,9 +213,10 @@ def _mlp(
     x: Tensor, w1: list[Tensor], w2: Tensor, b1: list[Tensor], b2: Tensor | None = None, **attributes: Any
 ) -> Tensor:
     spec = _moe_spec(**attributes)
-    if cpp_mlp.supports(x, w1, w2, b1, b2, spec):
+    kernel: Any = cpp_mlp if x.device.type == "cpu" else triton_mlp
+    if kernel.supports(x, w1, w2, b1, b2, spec):
         return separate.mlp(x, w1, w2, b1, b2, spec)
-    return cpp_mlp.run(x, w1, w2, b1, b2, spec)
+    return kernel.run(x, w1, w2, b1, b2, spec)  # type: ignore[no-any-return]
 
 
 @torch.library.register_fake("braze::rope")

@@ -17,7 +17,7 @@ KERNELS: dict[Kind, tuple[str, ...]] = {
     "rope": ("auto", "pointwise", "cpp", "triton", "sgl_kernel", "vllm_xpu", "ipex"),
     "moe": ("auto", "cpp", "triton", "aten", "sgl_kernel", "vllm_xpu"),
     "router": ("auto", "cpp", "triton", "aten", "sgl_kernel", "vllm_xpu", "ipex"),
-    "mlp": ("auto", "cpp", "aten"),
+    "mlp": ("auto", "cpp", "triton", "aten"),
 }
 
 #: name -> (type, default, what it does), in the order of the documentation
@@ -32,8 +32,8 @@ DOCUMENTED: dict[str, tuple[str, str, str]] = {
         "dict of kind to kernel", "{}",
         "Asks for a kernel instead of the best one, where it can run: "
         '{"rope": "auto" | "pointwise" | "cpp" | "triton", "moe": "auto" | "cpp" | "triton" | "aten", "router": "auto" | '
-        '"cpp" | "triton" | "aten", "mlp": "auto" | "cpp" | "aten"}; "sgl_kernel" and "vllm_xpu" for rope, moe and router and '
-        "\"ipex\" for rope and router are other projects' (docs/vendor.md).",
+        '"cpp" | "triton" | "aten", "mlp": "auto" | "cpp" | "triton" | "aten"}; "sgl_kernel" and "vllm_xpu" for rope, moe and '
+        "router and \"ipex\" for rope and router are other projects' (docs/vendor.md).",
     ),
 }  # fmt: skip
 

@@ -12,11 +12,12 @@ from braze.kernels.cpp import moe_separate as cpp_separate
 from braze.kernels.cpp import route as cpp_route
 from braze.kernels.spec import MoeSpec, RouteSpec
 from braze.kernels.triton import compat
+from braze.kernels.triton import mlp as triton_mlp
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
 from braze.kernels.triton import separate as triton_separate
 from braze.kernels.triton.weights import Weights
-from braze.lowering import gate, rotations
+from braze.lowering import gate, inductor, rotations
 from braze.lowering.rotations import Turn, turn
 
 
@@ -109,17 +110,22 @@ def choose_apart(call: fx.Node) -> tuple[str, str]:
 
 
 def choose_mlp(call: fx.Node, forced: str) -> tuple[str, str]:
-    """(kernel, why) for a `braze::mlp` call: "aten" opens it up, "cpp" keeps it whole."""
+    """(kernel, why) for a `braze::mlp` call: "aten" opens it up, "triton" makes it launches, "cpp" keeps it whole."""
     args: Any = fx.node.map_arg(call.args, lambda n: n.meta["val"])
     attributes: Any = call.kwargs
     composed = "two products and what lies between"
     if forced == "aten":
         return "aten", "asked for"
     x, w1, w2, b1, b2 = args
-    refusal = cpp_mlp.supports(x, w1, w2, b1, b2, MoeSpec(**attributes))
+    name, kernel, why = _MLP.get(compat.platform(x.device), (None, None, ""))
+    if kernel is None or forced not in ("auto", name):
+        return "aten", composed
+    if kernel is triton_mlp and forced != name and inductor.tunes_products():
+        return "aten", f"{composed}, which Inductor tunes (max-autotune): measured as fast as the {name} kernel"
+    refusal = kernel.supports(x, w1, w2, b1, b2, MoeSpec(**attributes))
     if refusal is not None:
-        return "aten", f"{composed}; the cpp kernel does not take this ({refusal})"
-    return "cpp", "asked for" if forced == "cpp" else "one C++ call of the experts' kernel, each weight read once"
+        return "aten", f"{composed}; the {name} kernel does not take this ({refusal})"
+    return name, "asked for" if forced == name else why
 
 
 def choose_route(call: fx.Node, forced: str) -> tuple[str, str]:
@@ -175,4 +181,9 @@ _MOE: dict[str, Any] = {
     "cpu": ("cpp", cpp_moe, "one C++ call, rows gathered in place, each expert's weights read once"),
     "cuda": _TRITON,
     "xpu": _TRITON,
+}
+#: device -> (name, module, why) of its kernel for a dense MLP
+_MLP: dict[str, Any] = {
+    "cpu": ("cpp", cpp_mlp, "one C++ call of the experts' kernel, each weight read once"),
+    "cuda": ("triton", triton_mlp, "two launches of the experts' kernels, each weight read once"),
 }

@@ -353,6 +353,11 @@ def modes() -> Mapping[str, Mapping[str, Any]]:
     return {str(k): v for k, v in torch._inductor.list_mode_options().items()}
 
 
+def tunes_products() -> bool:
+    """Whether Inductor measures kernels of its own for each product and takes the fastest."""
+    return bool(config.max_autotune or config.max_autotune_gemm)
+
+
 def settings() -> Mapping[str, Any]:
     """Inductor's settings with their present values."""
     return config.get_config_copy()  # type: ignore[no-any-return]

@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 from braze.kernels import aten, separate
 from braze.kernels.spec import MoeSpec, RouteSpec
+from braze.kernels.triton import mlp as triton_mlp
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
 from braze.kernels.triton.weights import Weights
@@ -52,8 +53,8 @@ def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str
             kernel, why = choose_separate(call)
         elif call.target.name() == "braze::mlp":  # type: ignore[union-attr]
             kernel, why = choose_mlp(call, forced.get("mlp", "auto"))
-            if kernel == "aten":
-                inline(call, _compose_mlp, inductor.decompositions())
+            if kernel != "cpp":
+                inline(call, _launch_mlp if kernel == "triton" else _compose_mlp, inductor.decompositions())
         elif call.target.name() == "braze::moe_apart":  # type: ignore[union-attr]
             kernel, why = choose_apart(call)
             _apply_apart(call, kernel)
@@ -151,6 +152,10 @@ def _compose_apart(x, ids, weights, gate, up, w2, b_gate, b_up, b2, **attributes
 
 def _compose_mlp(x, w1, w2, b1, b2, **attributes) -> Tensor:  # type: ignore[no-untyped-def]
     return separate.mlp(x, w1, w2, b1, b2, MoeSpec(**attributes))
+
+
+def _launch_mlp(x, w1, w2, b1, b2, **attributes) -> Tensor:  # type: ignore[no-untyped-def]
+    return triton_mlp.launch(x, w1, w2, b1, b2, MoeSpec(**attributes), start=inductor.start)
 
 
 def _as_separate(x, ids, weights, gate, up, w2, b_gate, b_up, b2, **attributes):  # type: ignore[no-untyped-def]

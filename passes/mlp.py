@@ -2,14 +2,15 @@
 
     out[t] = act(x[t] W1 + b1) W2 + b2
 
-Looked for only where the experts' kernel takes few rows (braze.kernels.cpp.mlp): elsewhere, and with more tokens, two plain
-products and what lies between are what Inductor does as well.
+Looked for only where the experts' kernels take few rows (mlp.py of kernels.cpp and of kernels.triton): elsewhere, and with more
+tokens, two plain products and what lies between are what Inductor does as well.
 """
 
 from torch import fx
 
-from braze.kernels.cpp import mlp as kernel
+from braze.kernels.cpp import mlp as cpp_mlp
 from braze.kernels.spec import MoeSpec
+from braze.kernels.triton import mlp as triton_mlp
 from braze.passes import separate
 from braze.passes.elements import Elements, Sizes, Unknown
 from braze.passes.linear import TooLarge
@@ -25,13 +26,18 @@ def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[MlpSite], list[NearMiss]]:
     misses: list[NearMiss] = []
     ev = Elements(sizes, stop=is_plain)
     for down in graph.nodes:
-        if not is_plain(down) or not kernel.few(down.meta["val"]) or not firsts(down, 0, ev):
+        if not is_plain(down) or not _few(down) or not firsts(down, 0, ev):
             continue
         try:
             sites.append(_site(down, ev))
         except (NoExperts, Unknown, TooLarge, separate.NotStored) as e:
             misses.append(NearMiss("mlp", down.name, "find", str(e), source_line([down])))
     return sites, misses
+
+
+def _few(node: fx.Node) -> bool:
+    rows = node.meta["val"]
+    return cpp_mlp.few(rows) or triton_mlp.few(rows)
 
 
 def _site(down: fx.Node, ev: Elements) -> MlpSite:

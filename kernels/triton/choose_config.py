@@ -162,7 +162,8 @@ def _vector(p: Problem) -> tuple[Tile, Tile]:
     """Tiles for few tokens: a few rows of weights a program, of a length that leaves few lanes idle, 8192 elements at most."""
     length = _length(p.intermediate)
     slots = 1 << (p.top_k - 1).bit_length()
-    rows = max(slots, 8 if length >= 512 else 32)
+    least = 8 if slots > 1 else 4 if p.hidden >= 4096 else 2  # of one expert alone: enough programs for all processors
+    rows = max(slots, least if length >= 512 else 32)
     first = Tile(8 if p.gated else 4, _length(p.hidden), 4, 1)
     return first, Tile(rows // slots, min(length, 8192 // rows), 4, 1)
 

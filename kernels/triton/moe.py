@@ -58,6 +58,17 @@ def supports(
     spec: MoeSpec,
 ) -> str | None:
     """Why `run` can't take these tensors (fake ones too), in words; None where it can. Shapes as for `run`."""
+    if ids.dtype not in (torch.int32, torch.int64):
+        return f"ids in {ids.dtype}"
+    if weights.dtype not in DTYPES:
+        return f"router weights in {weights.dtype}"
+    return refusal(x, w1, w2, b1, b2, spec)
+
+
+def refusal(
+    x: Tensor, w1: Tensor | Weights, w2: Tensor | Weights, b1: Tensor | None, b2: Tensor | None, spec: MoeSpec
+) -> str | None:
+    """`supports`, but for ids and weights."""
     first, second = map(Weights.of, (w1, w2))
     each, up = first.each, first.up
     biases = [b for b in (b1, b2) if b is not None]
@@ -75,8 +86,6 @@ def supports(
             (spec.out_dtype or x.dtype) in DTYPES,
             lambda: f"a result in {spec.out_dtype}, not float16, bfloat16 or float32",
         ),
-        (ids.dtype in (torch.int32, torch.int64), lambda: f"ids in {ids.dtype}"),
-        (weights.dtype in DTYPES, lambda: f"router weights in {weights.dtype}"),
         (all(b.dtype in DTYPES for b in biases), lambda: "biases that are no 16-bit or 32-bit floats"),
         (x.stride(-1) == 1, lambda: "rows of x that are not contiguous"),
         (all(1 in w.each.stride()[1:] for w in (first, second)), lambda: "weights with neither inner stride 1"),
@@ -157,14 +166,14 @@ def _result(x: Tensor, ids: Tensor, spec: MoeSpec, combine: bool) -> Tensor:
     return x.new_empty(shape, dtype=spec.out_dtype or x.dtype)
 
 
-def problem(x: Tensor, ids: Tensor, first: Weights, second: Weights, spec: MoeSpec) -> Problem:
+def problem(x: Tensor, top_k: int, first: Weights, second: Weights, spec: MoeSpec) -> Problem:
     """What the choice of tiles depends on."""
     layout = first.layout(spec.layout)
     blocks = first.takes_block(layout) and second.takes_block("none")
     up, down = first.each, second.each
     return Problem(
         tokens=x.shape[0],
-        top_k=ids.shape[1],
+        top_k=top_k,
         experts=down.shape[0],
         hidden=x.shape[1],
         intermediate=down.shape[2],
@@ -206,7 +215,7 @@ def launch(
     first, second = map(Weights.of, (w1, w2))
     if spec.transposed:
         first, second = first.transposed(), second.transposed()
-    sizes = problem(x, ids, first, second, spec)
+    sizes = problem(x, k, first, second, spec)
     sizes = replace(sizes, vector=sizes.vector and hooks == NO_HOOKS)
     config = config or choose_config(sizes)
     if config.rows == 1 and not (sizes.vector and rows <= MAX_DIRECT_ROWS):

@@ -27,7 +27,7 @@ def activation(g, u):
 def moe_vector_up(
     x, w, up, bias, weight, out, ids, inner, columns, experts, x_row, w_expert, w_column, bias_expert,
     TOP_K: tl.constexpr, COLS: tl.constexpr, BK: tl.constexpr, LAYOUT: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr,
-    EVEN_K: tl.constexpr, TABLE: tl.constexpr, OVERLAP: tl.constexpr,
+    EVEN_K: tl.constexpr, TABLE: tl.constexpr, DENSE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out[row] = activation(x[row // k] @ w[ids[row]] + bias), COLS columns: x [T, inner], w [E, N, inner] -> [T * k, columns].
 
@@ -39,7 +39,7 @@ def moe_vector_up(
         launch_dependents()  # only now: the second product reads ids before it waits
     this = tl.program_id(1)
     n0 = tl.program_id(0) * COLS
-    expert = tl.load(ids + this)
+    expert = tl.zeros((), tl.int32) if DENSE else tl.load(ids + this)
     if (expert >= 0) & (expert < experts):
         PAIR: tl.constexpr = LAYOUT == "apart"
         R: tl.constexpr = COLS if LAYOUT == "none" or PAIR else 2 * COLS
@@ -101,12 +101,14 @@ def moe_vector_up(
 def moe_vector_down(
     a, w, bias, weight, out, ids, inner, columns, experts, scale, w_expert, w_column, bias_expert,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, COLS: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
-    WEIGHT: tl.constexpr, EVEN_K: tl.constexpr, COMBINE: tl.constexpr, TABLE: tl.constexpr, OVERLAP: tl.constexpr,
+    WEIGHT: tl.constexpr, EVEN_K: tl.constexpr, COMBINE: tl.constexpr, TABLE: tl.constexpr, DENSE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out[t] = scale * sum_j weight * (a[row] @ w[ids[row]] + bias), row = t * k + j, COLS columns: a [T * k, inner],
     w [E, columns, inner].
 
-    SLOTS: a power of two >= TOP_K. COMBINE: out is [T, columns]; otherwise [T * k, columns], each row's own result.
+    SLOTS: a power of two >= TOP_K. COMBINE: out is [T, columns]; otherwise [T * k, columns], each row's own result. DENSE: as
+    in `moe_vector_up`.
     """
     token = tl.program_id(1).to(tl.int64)
     ids += token * TOP_K
@@ -117,7 +119,7 @@ def moe_vector_down(
     j = tl.arange(0, R)
     slot = j // COLS
     column = tl.program_id(0) * COLS + j % COLS
-    expert = tl.load(ids + slot, mask=slot < TOP_K, other=-1)
+    expert = tl.zeros((R,), tl.int32) if DENSE else tl.load(ids + slot, mask=slot < TOP_K, other=-1)
     there = (expert >= 0) & (expert < experts)
     e = tl.where(there, expert, 0).to(tl.int64)
     live = there & (column < columns)
@@ -157,15 +159,17 @@ def _products(part, vector, R: tl.constexpr, BK: tl.constexpr):
 
 
 def launch(
-    x: Tensor, ids: Tensor, weights: Tensor, up: Weights, down: Weights, b1: Tensor | None, b2: Tensor | None,
+    x: Tensor, ids: Tensor | None, weights: Tensor | None, up: Weights, down: Weights, b1: Tensor | None, b2: Tensor | None,
     spec: MoeSpec, config: Config, out: Tensor, combine: bool, start: Start, overlap: bool,
 ) -> Tensor:  # fmt: skip
-    """x [T, H], ids and weights [T, k] -> out, [T, H] or, without combine, [T, k, H].
+    """x [T, H], ids and weights [T, k] -> out, [T, H] or, without combine, [T, k, H]. Without ids and weights all rows are
+    expert 0's.
 
     up [E, N, H] and down [E, H, I], whose last strides are 1. config: its tiles' columns, inner and warps.
     """
-    tokens, k = ids.shape
-    hidden = x.shape[1]
+    tokens, hidden = x.shape
+    k = 1 if ids is None else ids.shape[1]
+    dense, ids, weights = ids is None, x if ids is None else ids, x if weights is None else weights
     experts, _, inner = down.each.shape
     first, second = config.first, config.second
     layout = up.layout(spec.layout)
@@ -174,7 +178,7 @@ def launch(
     constants = {
         "TOP_K": k, "COLS": cols, "BK": first.inner, "LAYOUT": layout, "BIAS": b1 is not None,
         "WEIGHT": spec.weight_on == "input", "EVEN_K": hidden % first.inner == 0, "TABLE": up.table is not None,
-        "OVERLAP": overlap,
+        "DENSE": dense, "OVERLAP": overlap,
     }  # fmt: skip
     gate_pointer, up_pointer = up.pointers
     (h,) = start(
@@ -187,8 +191,8 @@ def launch(
     )  # fmt: skip
     constants = {
         "TOP_K": k, "SLOTS": triton.next_power_of_2(k), "COLS": second.columns, "BK": second.inner, "BIAS": b2 is not None,
-        "WEIGHT": spec.weight_on == "output", "EVEN_K": inner % second.inner == 0, "COMBINE": combine,
-        "TABLE": down.table is not None, "OVERLAP": overlap,
+        "WEIGHT": spec.weight_on == "output" and not dense, "EVEN_K": inner % second.inner == 0, "COMBINE": combine,
+        "TABLE": down.table is not None, "DENSE": dense, "OVERLAP": overlap,
     }  # fmt: skip
     pointer, _ = down.pointers
     (out,) = start(
