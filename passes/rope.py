@@ -51,6 +51,9 @@ _LINEAR = {
     aten.unbind.int,
     aten.view_as_complex.default,
     aten.view_as_real.default,
+    aten.complex.default,
+    aten.index.Tensor,
+    torch.ops.prims.rev.default,
     aten.sum.dim_IntList,
     _CAST,
     *_RESHAPES,
@@ -204,7 +207,7 @@ def _projected(node: fx.Node, depth: int = 24) -> bool:
 def _rotation(root: fx.Node, x: fx.Node, cone: dict[fx.Node, int], sizes: Sizes, known: Known) -> RopeSite:
     """root as a rotation of x; NoRotation where it is none. What is known of a twin is not worked out again."""
     between = _between(root, x, cone)
-    ev = Elements(sizes, stop=lambda n: n is x or n not in between)
+    ev = Elements(sizes, stop=lambda n: n is x or n not in between, indices=Elements(sizes))
     shape = ev.shape(root)
     row_of(ev, root, x, (0,) * (len(shape) - 1), 1)
     here = subgraph([root], [x], evaluated)
