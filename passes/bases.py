@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from braze.passes.combine import adds_rows
-from braze.passes.elements import Elements, Sizes
+from braze.passes.elements import Elements, Sizes, is_empty
 from braze.passes.separate import called
 
 aten = torch.ops.aten
@@ -51,7 +51,7 @@ def _holds(node: fx.Node, ev: Elements) -> bool:
     """Whether what a node adds rows to, [rows, columns] of floating point, is not known to be constant."""
     base: Any = node.args[0]
     val = base.meta["val"]
-    return val.is_floating_point() and val.ndim == 2 and ev.at(base, (0, 0)).const is None
+    return val.is_floating_point() and val.ndim == 2 and not is_empty(base) and ev.at(base, (0, 0)).const is None
 
 
 def _apart(node: fx.Node) -> Apart:

@@ -22,8 +22,8 @@ from braze.passes.products import NoExperts, Pair, Side
 @dataclass(frozen=True)
 class Between:
     """The scalar function between the products. For the first product, or for gate's and up's where they are apart: at, the
-    element that the symbol stands for; sides, the weights, and biases, none or all, one where both are of one tensor. weights: the loads by which the activation is
-    multiplied, the router's; scaled_by: the one by which the first product is."""
+    element that the symbol stands for; sides, the weights, and biases, none or all, one where both are of one tensor. weights:
+    the loads by which the activation is multiplied, the router's; scaled_by: the one by which the first product is."""
 
     text: str
     layout: GateUpLayout

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from braze.passes.elements import Elements, Expr, Position, trail
+from braze.passes.elements import Elements, Expr, Position, is_empty, trail
 
 aten = torch.ops.aten
 
@@ -27,11 +27,15 @@ def is_grouped(node: fx.Node) -> bool:
 
 def is_product(node: fx.Node) -> bool:
     """Whether the node may be an expert product."""
+    if node.op != "call_function" or any(map(_of_nothing, node.all_input_nodes)):
+        return False
     if is_grouped(node):
         return True
-    if node.op != "call_function":
-        return False
     return node.target is aten.bmm.default or (node.target is aten.mm.default and _of_experts(node.args[1]))
+
+
+def _of_nothing(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor) and is_empty(node)
 
 
 def _of_experts(weight: Any) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from braze.passes.element_pointwise import FMA
-from braze.passes.elements import Elements, Sizes, Unknown
+from braze.passes.elements import Elements, Sizes, Unknown, is_empty
 from braze.passes.linear import TooLarge
 from braze.passes.rotation import Form, NoRotation, form_of, row_of, words
 from braze.passes.sites import NearMiss, RopeSite, source_line
@@ -107,7 +107,7 @@ def _may_be_root(node: fx.Node, sizes: Sizes) -> bool:
     val = node.meta.get("val")
     if node.op != "call_function" or node.target not in _ROOTS or not isinstance(val, torch.Tensor):
         return False
-    if not val.is_floating_point() or val.ndim < 2 or not isinstance(val.shape[-1], int):
+    if not val.is_floating_point() or val.ndim < 2 or not isinstance(val.shape[-1], int) or is_empty(node):
         return False
     return 4 <= val.shape[-1] <= MAX_HEAD
 

@@ -1,5 +1,5 @@
-"""Expert blocks as projects outside of transformers write them: rows added up over shared experts' results (torchtitan, torchtune,
-Llama 4), rows sorted slot by slot, gate and up as parts of one gathered tensor (SGLang).
+"""Expert blocks as projects outside of transformers write them: rows added up over shared experts' results (torchtitan,
+torchtune, Llama 4), rows sorted slot by slot, gate and up as parts of one gathered tensor (SGLang).
 
 Each is one call with the float64 result; each with one thing bent is refused, and what was moved for it is put back.
 """
