@@ -70,14 +70,17 @@ def _apart(node: fx.Node) -> Apart:
 
 
 def _size(base: fx.Node, d: int) -> Any:
-    """A size as the graph has it: a number, or the node that is that symbol."""
+    """A size as the graph has it: a number, the node that is that symbol, or the size of the first tensor that has it, the
+    tokens say. What the rows are added up over is not asked, since it is no part of the block."""
     size = base.meta["val"].shape[d]
     if isinstance(size, int):
         return size
     for node in base.graph.nodes:
         val = node.meta.get("val")
-        if node is base:
-            break
-        if isinstance(val, torch.SymInt) and val.node.expr == size.node.expr:
+        if isinstance(val, torch.SymInt) and val.node.expr == size.node.expr and node < base:
             return node
-    return called(aten.sym_size.int, base, d)
+        if isinstance(val, torch.Tensor) and val.ndim == base.meta["val"].ndim:
+            other = val.shape[d]
+            if node is base or (isinstance(other, torch.SymInt) and other.node.expr == size.node.expr):
+                return called(aten.sym_size.int, node, d)
+    raise AssertionError(f"{base.name} is not in its graph")
