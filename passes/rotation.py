@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from braze.kernels.spec import PairLayout, RopeSpec
+from braze.passes.element_args import tensor_of
 from braze.passes.elements import Elements, Expr, Position, Sizes, trail
 from braze.passes.linear import polynomial
 from braze.passes.tables import NoTable, Table, is_view, table
@@ -166,11 +167,11 @@ def _coefficient(tap: tuple[float, Expr | None], sign: float, looked: Elements) 
     inner = looked.at(*atom.args) if atom.op == "load" else atom
     if inner.op != "neg":
         return constant * sign, atom
-    for node, idx in trail(*atom.args, looked) if atom.op == "load" else ():
+    for node, idx in trail(atom.args[0], atom.args[1], looked) if atom.op == "load" else ():
         if (
             node.target is aten.neg.default
         ):  # its operand as it is: views of it are looked through with those of the others
-            return -constant * sign, looked.load(node.args[0], idx)
+            return -constant * sign, looked.load(tensor_of(node.args[0]), idx)
     return -constant * sign, inner.args[0]
 
 

@@ -150,7 +150,7 @@ def _along(atoms: Coefficients, sizes: Sizes) -> Iterator[Coefficients]:
 
 def _views_behind(atom: Expr, sizes: Sizes) -> Iterator[tuple[Any, Expr]]:
     """(what is the same for a node that is written twice, the element there) for each view that an atom is looked through."""
-    for node, idx in trail(*atom.args, Elements(sizes, stop=lambda n: True)):
+    for node, idx in trail(atom.args[0], atom.args[1], Elements(sizes, stop=lambda n: True)):
         yield _writing(node), Expr("load", (node, idx))
         if not is_view(node):
             return
