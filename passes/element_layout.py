@@ -150,9 +150,8 @@ def _repeat(ev: Elements, node: fx.Node, idx: Position) -> Expr:
     return ev.at(node.args[0], tuple(ev.i_divmod(dims[offset + i], s)[1] for i, s in enumerate(source)) + part)
 
 
-@handles(prims.rev.default)
-def _rev(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
-    """torch.flip."""
+def flipped(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
+    """torch.flip. Rotations read it; to experts it is a leaf: ids and weights that are flipped alike keep their slots."""
     shape = ev.shape(node)
     out = list(idx)
     for d in node.args[1]:  # type: ignore[union-attr]
@@ -160,6 +159,9 @@ def _rev(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
             return None
         out[d] = shape[d] - 1 - out[d]  # type: ignore[index]
     return ev.at(node.args[0], tuple(out))
+
+
+FLIPS = {prims.rev.default: flipped}
 
 
 @handles(aten.select.int)

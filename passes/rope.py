@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from braze.passes.element_layout import FLIPS
 from braze.passes.element_pointwise import FMA
 from braze.passes.elements import Elements, Sizes, Unknown, is_empty
 from braze.passes.linear import TooLarge
@@ -207,7 +208,7 @@ def _projected(node: fx.Node, depth: int = 24) -> bool:
 def _rotation(root: fx.Node, x: fx.Node, cone: dict[fx.Node, int], sizes: Sizes, known: Known) -> RopeSite:
     """root as a rotation of x; NoRotation where it is none. What is known of a twin is not worked out again."""
     between = _between(root, x, cone)
-    ev = Elements(sizes, stop=lambda n: n is x or n not in between, indices=Elements(sizes))
+    ev = Elements(sizes, stop=lambda n: n is x or n not in between, indices=Elements(sizes), also=FLIPS)
     shape = ev.shape(root)
     row_of(ev, root, x, (0,) * (len(shape) - 1), 1)
     here = subgraph([root], [x], evaluated)

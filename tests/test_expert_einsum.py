@@ -272,12 +272,12 @@ def a_scale_for_each_column(x, router, w1, w2, b1, b2):  # type: ignore[no-untyp
 REFUSED: dict[Layer, str] = {
     every_expert_counts: "are no top-k",
     one_slot_for_all: "is weighted by",
-    scores_of_other_tokens: "is no element of a [tokens, slots] tensor",
+    scores_of_other_tokens: "are no top-k",
     rows_of_another_router: "it also depends on",
     experts_turned_round: "not each one once",
     weighted_twice: "weighted both between the products and after them",
     bias_not_weighted: "the bias after them is not",
-    another_expert_below: "is no [tokens, slots] tensor",
+    another_expert_below: "it also depends on",
     slots_and_tokens_exchanged: "are no [tokens, slots]",
     a_scale_for_each_column: "the activation depends on",
 }

@@ -368,7 +368,7 @@ REFUSED: dict[Style, str] = {
     other_rows: "product",
     other_experts: "different experts' weights",
     one_bias: "only one of gate and up has a bias",
-    columns_turned: "gate and up are columns",
+    columns_turned: "the activation depends on",
     gate_returned: "is also used by",
     added_at_rows: "no [tokens, slots]",
     added_in_order: "are not put back by the inverse of their sort",
