@@ -128,6 +128,9 @@ def _replace(
             made[key] = make(module)
     except KeepsLoop as e:
         return e
+    except Exception as e:
+        log.exception("internal error, its loop stays: %s", type(module).__name__)
+        return KeepsLoop(f"internal error: {type(e).__name__}: {e}")
     setattr(module, method, made[key].of(module))
     return None
 

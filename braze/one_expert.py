@@ -22,6 +22,7 @@ _VIEWS = {
     aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default,
 }  # fmt: skip
 _FRESH = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
+_FILLED = {"new_zeros": 0, "new_ones": 1, "new_full": None}
 _ADDED = {
     "index_add": 3, "index_add_": 3, "index_put": 2, "index_put_": 2, "add": 1, "add_": 1,
     "scatter_add": 3, "scatter_add_": 3, "scatter_reduce": 3, "scatter_reduce_": 3,
@@ -86,7 +87,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         super().__init__()
         self.graph = fx.Graph()
         self.known: dict[int, fx.Node] = {}
-        self._give(row, self.graph.placeholder("row"))
+        self.row = self.graph.placeholder("row")
+        self._give(row, self.row)
         tensors = (*module.named_parameters(), *module.named_buffers())
         self.parameters: dict[int, str] = {id(p): n for n, p in tensors}
         self.taken: dict[Part, fx.Node] = {}
@@ -174,8 +176,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         made = self.fresh.get(storage(a))
         if made is not None:
             func, args, kwargs = made
-            return self.graph.call_function(func, *tree_map(self._operand, (args, kwargs)))
+            rows = self._of_rows(a, func, args)
+            return rows or self.graph.call_function(func, *tree_map(self._operand, (args, kwargs)))
         raise NoExpert(f"it needs a constant of shape {tuple(a.shape)}")
+
+    def _of_rows(self, a: Tensor, func: Any, args: Any) -> fx.Node | None:
+        """A new tensor [1, ...] of one value, as one of as many rows as there are: its size was read from the row's."""
+        name = func.overloadpacket.__name__
+        if name not in _FILLED or a.ndim < 2 or a.shape[0] != 1 or tuple(args[1]) != tuple(a.shape):
+            return None
+        value = args[2] if name == "new_full" else _FILLED[name]
+        column = self.graph.call_function(aten.slice.Tensor, (self.row, 1, 0, 1))
+        column = self.graph.call_function(aten.reshape.default, (column, [-1] + [1] * (a.ndim - 1)))
+        wide = self.graph.call_function(aten.expand.default, (column, [-1, *a.shape[1:]]))
+        return self.graph.call_function(aten.full_like.default, (wide, value), {"dtype": a.dtype})
 
     def _part(self, func: Any, args: Any, out: Any) -> fx.Node | None:
         """An expert's part of a stacked parameter."""

@@ -103,7 +103,6 @@ class _Chosen(Recorder):
 
     def __init__(self, module: nn.Module, x: Tensor, choice: Choice, experts: Sequence[int]) -> None:
         super().__init__(module, x)
-        self.row = self.known[id(x)]
         self.row.meta["shape"] = (1, x.shape[-1])
         self.known[id(x)] = self.reshaped(self.row, x)
         self.choice, self.experts = choice, experts
@@ -239,6 +238,8 @@ def routed(module: nn.Module) -> Routed:
     module.eval()
     try:
         return _routed(module)
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        raise KeepsLoop(f"what it does to one token does not do for more: {str(error).splitlines()[0]}") from error
     finally:
         for m in training:
             m.training = True

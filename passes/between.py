@@ -21,9 +21,9 @@ from braze.passes.products import NoExperts, Pair, Side
 
 @dataclass(frozen=True)
 class Between:
-    """The scalar function between the products. For the first product, or for gate's and up's where they are apart: sides, the
-    weights; biases, none or all; at, the element that the symbol stands for. weights: the loads by which the activation is
-    multiplied, the router's; scaled_by: the one by which the first product is."""
+    """The scalar function between the products. For the first product, or for gate's and up's where they are apart: at, the
+    element that the symbol stands for; sides, the weights, and biases, none or all, one where both are of one tensor. weights:
+    the loads by which the activation is multiplied, the router's; scaled_by: the one by which the first product is."""
 
     text: str
     layout: GateUpLayout
@@ -113,7 +113,8 @@ def _at(pair: Pair, term: Term, i: int, is_weight: Callable[[Expr], bool], ev: E
         if (one.weight, one.expert, one.transposed) != (side.weight, side.expert, side.transposed):
             raise NoExperts("gate and up are columns of different weights")
         by_column[product, side.column] = e
-    places = sorted(by_column)
+    together = len(sides) == 2 and len({(s.weight, s.transposed) for s in sides.values()}) == 1  # parts of one tensor
+    places = sorted(by_column, key=lambda p: p[::-1] if together else p)
     if not 1 <= len(places) <= 2 or len(loads) != len(places) or len(sides) != len(pair.firsts):
         raise NoExperts(f"an element between the products depends on {len(loads)} elements of the first")
     if len({(s.expert, s.transposed, ev.shape(s.weight)) for s in sides.values()}) != 1:
@@ -131,14 +132,16 @@ def _at(pair: Pair, term: Term, i: int, is_weight: Callable[[Expr], bool], ev: E
     except activation.NotScalar as e:
         raise NoExperts(str(e)) from None
     added = [dict.fromkeys(biases[product]) for product in sorted(biases)]
-    if max(map(len, added)) > 1:
-        raise NoExperts("gate and up have biases of different tensors")
     if len({len(a) for a in added}) > 1:
         raise NoExperts("only one of gate and up has a bias")
+    if together:
+        added = [{**added[0], **added[1]}]
+    if max(map(len, added)) > 1:
+        raise NoExperts("gate and up have biases of different tensors")
     at = tuple(by_column[next(p for p in places if p[0] == product)].args[1] for product in sorted(sides))
     return _At(
         tuple(c for _, c in places), at, text, tuple(b for a in added for b in a),
-        tuple(sides[product] for product in sorted(sides)), weights, scaled_by,
+        tuple(sides[product] for product in sorted(sides))[: 1 if together else 2], weights, scaled_by,
     )  # fmt: skip
 
 

@@ -140,7 +140,8 @@ MAX_ADDED = 64
 
 def _sum_at(ev: Elements, base: Any, where: Any, values: Any, idx: Position) -> Expr | None:
     """base[t] + sum of the rows values[r] with where[r] = t. where = perm // k, perm a permutation of k rows for each t: these
-    are the positions that perm has k t, ..., k t + k - 1 at; or where is known, and each t comes in every n-th row, or n times
+    are the positions that perm has k t, ..., k t + k - 1 at; where = perm % (number of t), they are those that it has t,
+    t + number, ... at; or where is known, and each t comes in every n-th row, or n times
     in a row (that it comes nowhere else is for the proof)."""
     rows, places = ev.shape(tensor_of(where))[0], ev.shape(tensor_of(base))[0]
     if rows % places or not 1 <= rows // places <= MAX_ADDED or ev.shape(tensor_of(values))[1:] != ev.shape(base)[1:]:
@@ -154,12 +155,14 @@ def _sum_at(ev: Elements, base: Any, where: Any, values: Any, idx: Position) -> 
             total = ev.make("add", total, ev.at(values, (r, *idx[1:])))
         return total
     probe = ev.indices.at(where, (0,) * len(ev.shape(where)))
-    if count > 1:
-        if probe.op != "floordiv" or probe.args[1].const != count:
+    in_turns = probe.op == "mod"
+    if count > 1 or in_turns:
+        divided = probe.op in ("floordiv", "mod")
+        if not divided or probe.args[1].const != (places if in_turns else count):
             return None
         probe = probe.args[0]
     for j in range(count):
-        place = ev.i_add(ev.i_mul(idx[0], count), j)
+        place = ev.i_add(idx[0], j * places) if in_turns else ev.i_add(ev.i_mul(idx[0], count), j)
         row = _place(ev, probe, rows, place)
         if row is None:
             return None

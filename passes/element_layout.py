@@ -144,9 +144,24 @@ def _expand(ev: Elements, node: fx.Node, idx: Position) -> Expr:
 
 @handles(aten.repeat.default)
 def _repeat(ev: Elements, node: fx.Node, idx: Position) -> Expr:
+    dims, part = split_part(node, idx)
     source = ev.shape(tensor_of(node.args[0]))
-    offset = len(idx) - len(source)
-    return ev.at(node.args[0], tuple(ev.i_divmod(idx[offset + i], s)[1] for i, s in enumerate(source)))
+    offset = len(dims) - len(source)
+    return ev.at(node.args[0], tuple(ev.i_divmod(dims[offset + i], s)[1] for i, s in enumerate(source)) + part)
+
+
+def flipped(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
+    """torch.flip. Rotations read it; to experts it is a leaf: ids and weights that are flipped alike keep their slots."""
+    shape = ev.shape(node)
+    out = list(idx)
+    for d in node.args[1]:  # type: ignore[union-attr]
+        if not isinstance(out[d], int):  # type: ignore[index]
+            return None
+        out[d] = shape[d] - 1 - out[d]  # type: ignore[index]
+    return ev.at(node.args[0], tuple(out))
+
+
+FLIPS = {prims.rev.default: flipped}
 
 
 @handles(aten.select.int)
@@ -181,7 +196,7 @@ def _slice(ev: Elements, node: fx.Node, idx: Position) -> Expr:
 
 @handles(aten.slice_scatter.default)
 def _slice_scatter(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
-    d = int(argument(node, 2, "dim", 0)) % len(idx)
+    d = int(argument(node, 2, "dim", 0)) % len(ev.shape(node))
     start, end, step = slice_bounds(ev, node, 2, ev.shape(node)[d])
     if not isinstance(idx[d], int):
         return None
@@ -192,7 +207,7 @@ def _slice_scatter(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
 
 @handles(aten.select_scatter.default)
 def _select_scatter(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
-    d = int(node.args[2]) % len(idx)  # type: ignore[arg-type]
+    d = int(node.args[2]) % len(ev.shape(node))  # type: ignore[arg-type]
     if not isinstance(idx[d], int):
         return None
     if idx[d] == ev.sizes.of(node.args[3]) % ev.shape(node)[d]:
@@ -249,7 +264,7 @@ def _divided(index: Expr, size: int) -> tuple[Expr | None, int]:
 
 @handles(aten.stack.default)
 def _stack(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
-    d = int(argument(node, 1, "dim", 0)) % len(idx)
+    d = int(argument(node, 1, "dim", 0)) % len(ev.shape(node))
     if not isinstance(idx[d], int):
         return None
     return ev.at(node.args[0][idx[d]], idx[:d] + idx[d + 1 :])  # type: ignore[index]
@@ -268,7 +283,7 @@ def _pad(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
             return None
         out[d] -= pads[2 * k]
         if not 0 <= out[d] < shape[d]:
-            return ev.const(argument(node, 2, "value", 0))
+            return None if is_complex(node) else ev.const(argument(node, 2, "value", 0))
     return ev.at(node.args[0], tuple(out))
 
 

@@ -159,6 +159,8 @@ class Elements:
         return found
 
     def _evaluate(self, node: fx.Node, idx: Position) -> Expr:
+        if is_empty(node):
+            raise Unknown(f"an element of {node.name}, which has none")
         if node.op != "call_function" or self.stop(node):
             return self.load(node, idx)
         handler = self.also.get(node.target) or HANDLERS.get(node.target)
@@ -205,6 +207,11 @@ class Elements:
         """An expression as an index: an int where it is constant."""
         value = expr.const
         return expr if value is None else int(value)
+
+
+def is_empty(node: fx.Node) -> bool:
+    """Whether a tensor has no elements, whatever its symbolic sizes are."""
+    return any(isinstance(s, int) and s == 0 for s in node.meta["val"].shape)
 
 
 def is_complex(node: fx.Node) -> bool:

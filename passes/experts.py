@@ -108,7 +108,7 @@ def _looks_like_experts(pair: Pair, ev: Elements) -> bool:
     """Whether a pair of products is worth a word: any two batched products with a scalar function between are a pair."""
     if products.is_grouped(pair.second):
         return True
-    side = products.weight_side(pair.second, (0,) * len(ev.shape(pair.second)), pair.second_left, ev)
+    side = products.weight_side(pair.second, (0,) * len(ev.shape(pair.second)), pair.second_left, ev, cast=True)
     return side is not None and side.weight.op in ("placeholder", "get_attr")
 
 

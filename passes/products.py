@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from braze.passes.elements import Elements, Expr, Position, trail
+from braze.passes.elements import Elements, Expr, Position, is_empty, trail
 
 aten = torch.ops.aten
 
@@ -27,11 +27,15 @@ def is_grouped(node: fx.Node) -> bool:
 
 def is_product(node: fx.Node) -> bool:
     """Whether the node may be an expert product."""
+    if node.op != "call_function" or any(map(_of_nothing, node.all_input_nodes)):
+        return False
     if is_grouped(node):
         return True
-    if node.op != "call_function":
-        return False
     return node.target is aten.bmm.default or (node.target is aten.mm.default and _of_experts(node.args[1]))
+
+
+def _of_nothing(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor) and is_empty(node)
 
 
 def _of_experts(weight: Any) -> bool:
@@ -113,21 +117,27 @@ def with_column(product: fx.Node, idx: Position, n: int, rows_left: bool) -> Pos
 
 
 def weight_side(
-    product: fx.Node, idx: Position, rows_left: bool, ev: Elements, start: int = 0, step: int = 1
+    product: fx.Node,
+    idx: Position,
+    rows_left: bool,
+    ev: Elements,
+    start: int = 0,
+    step: int = 1,
+    cast: bool = False,
 ) -> Side | None:
     """The expert weight behind the product's element at idx, found by moving the inner index, `start` at first, by `step` and
-    the column by one."""
+    the column by one. cast: also where it is of another dtype than the product."""
     n = column(product, idx, rows_left)
     width = column(product, ev.shape(product), rows_left)
     if not isinstance(n, int):
         return None
     others = [c for c in (n - 1, n + 1) if 0 <= c < width]  # one of them may be of the next expert
-    found = [_sides(product, idx, (start, start + step), n, c, rows_left, ev) for c in others]
+    found = [_sides(product, idx, (start, start + step), n, c, rows_left, ev, cast) for c in others]
     return max((f for f in found if f), key=len, default=[None])[-1]
 
 
 def _sides(
-    product: fx.Node, idx: Position, at: tuple[int, int], n: int, other: int, rows_left: bool, ev: Elements
+    product: fx.Node, idx: Position, at: tuple[int, int], n: int, other: int, rows_left: bool, ev: Elements, cast: bool
 ) -> list[Side | None]:
     """For the operand and each node that it views, the weights that it holds; the stored ones last."""
     found = [
@@ -138,7 +148,8 @@ def _sides(
     out: list[Side | None] = []
     for node, base in found[0].items():
         side = None
-        if node in found[1] and node in found[2] and len(base) == 3 and node.meta["val"].dtype == dtype:
+        same = cast or node.meta["val"].dtype == dtype
+        if same and node in found[1] and node in found[2] and len(base) == 3:
             side = _side_at(node, base, found[1][node], found[2][node], other - n)
         out.append(side)
     while out and out[-1] is None:

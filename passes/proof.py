@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from braze.kernels import reference
 from braze.passes import element_ops, probes, small  # noqa: F401  (element_ops fills the table that Elements reads)
+from braze.passes.element_layout import FLIPS
 from braze.passes.elements import Elements, Expr, Position, Sizes, Unknown
 from braze.passes.instances import instances, of_mlp
 from braze.passes.numeric import value
@@ -44,7 +45,7 @@ def rope(site: RopeSite, sizes: Sequence[Sizes]) -> str:
     """The proof's outcome in words; Refused where the site is not what it was taken for."""
     worst, count = 0.0, 0
     for binding in sizes:
-        ev = Elements(binding, stop=lambda n: n is site.x)
+        ev = Elements(binding, stop=lambda n: n is site.x, also=FLIPS)
         shape = ev.shape(site.root)
         if shape != ev.shape(site.x):
             raise Refused(f"{site.x.name} has shape {ev.shape(site.x)} and its rotation {shape} for other sizes")

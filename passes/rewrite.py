@@ -37,6 +37,10 @@ def rewrite(site: Site) -> fx.Node:
     else:
         target = torch.ops.braze.moe.default
         args = (site.x, site.ids, site.weights, site.w1, site.w2, site.b1, site.b2)
+    if isinstance(site, MlpSite):
+        _check_dtypes(site.x, [*site.w1, site.w2])
+    elif not isinstance(site, RopeSite):
+        _check_dtypes(site.x, [site.w1, site.w2])
     kwargs = _attributes(site)
     with root.graph.inserting_before(root):
         call = root.graph.call_function(target, args, kwargs)
@@ -124,6 +128,14 @@ def rewrite_norm(site: NormSite) -> fx.Node:
 def _provenance(node: fx.Node) -> dict[str, Any]:
     """What of a node's meta data tells where in the model it is from."""
     return {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack", "original_aten", "from_node")}
+
+
+def _check_dtypes(x: fx.Node, weights: Sequence[fx.Node]) -> None:
+    """A proof runs in float64, where the dtypes that a kernel multiplies do not show."""
+    own = x.meta["val"].dtype
+    other = {w.meta["val"].dtype for w in weights} - {own}
+    if other:
+        raise ValueError(f"the rows are {own}, and weights {', '.join(map(str, other))}")
 
 
 def _check_like(value: torch.Tensor, old: torch.Tensor) -> None:

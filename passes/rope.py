@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from braze.passes.element_layout import FLIPS
 from braze.passes.element_pointwise import FMA
-from braze.passes.elements import Elements, Sizes, Unknown
+from braze.passes.elements import Elements, Sizes, Unknown, is_empty
 from braze.passes.linear import TooLarge
 from braze.passes.rotation import Form, NoRotation, form_of, row_of, words
 from braze.passes.sites import NearMiss, RopeSite, source_line
@@ -51,6 +52,9 @@ _LINEAR = {
     aten.unbind.int,
     aten.view_as_complex.default,
     aten.view_as_real.default,
+    aten.complex.default,
+    aten.index.Tensor,
+    torch.ops.prims.rev.default,
     aten.sum.dim_IntList,
     _CAST,
     *_RESHAPES,
@@ -104,7 +108,7 @@ def _may_be_root(node: fx.Node, sizes: Sizes) -> bool:
     val = node.meta.get("val")
     if node.op != "call_function" or node.target not in _ROOTS or not isinstance(val, torch.Tensor):
         return False
-    if not val.is_floating_point() or val.ndim < 2 or not isinstance(val.shape[-1], int):
+    if not val.is_floating_point() or val.ndim < 2 or not isinstance(val.shape[-1], int) or is_empty(node):
         return False
     return 4 <= val.shape[-1] <= MAX_HEAD
 
@@ -204,7 +208,7 @@ def _projected(node: fx.Node, depth: int = 24) -> bool:
 def _rotation(root: fx.Node, x: fx.Node, cone: dict[fx.Node, int], sizes: Sizes, known: Known) -> RopeSite:
     """root as a rotation of x; NoRotation where it is none. What is known of a twin is not worked out again."""
     between = _between(root, x, cone)
-    ev = Elements(sizes, stop=lambda n: n is x or n not in between)
+    ev = Elements(sizes, stop=lambda n: n is x or n not in between, indices=Elements(sizes), also=FLIPS)
     shape = ev.shape(root)
     row_of(ev, root, x, (0,) * (len(shape) - 1), 1)
     here = subgraph([root], [x], evaluated)

@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from braze.kernels.spec import PairLayout, RopeSpec
-from braze.passes.elements import Elements, Expr, Position, Sizes
+from braze.passes.element_args import tensor_of
+from braze.passes.elements import Elements, Expr, Position, Sizes, trail
 from braze.passes.linear import polynomial
 from braze.passes.tables import NoTable, Table, is_view, table
 
@@ -58,6 +59,7 @@ def form_of(root: fx.Node, x: fx.Node, ev: Elements, sizes: Sizes) -> Form:
     cosines: dict[tuple[Position, int], tuple[float, Expr]] = {}
     sines: dict[tuple[Position, int], tuple[float, Expr]] = {}
     looked = Elements(sizes, stop=lambda n: not is_view(n) and n.target is not aten.neg.default)
+    written = Elements(sizes)
     for p, row in rows.items():
         if any(row.taps[d].keys() != first.taps[d].keys() for d in range(head)):
             raise NoRotation("the pairs differ from one position to another", near=True)
@@ -66,6 +68,7 @@ def form_of(root: fx.Node, x: fx.Node, ev: Elements, sizes: Sizes) -> Form:
             tap = row.taps[start + d]
             cosines[p, d] = _coefficient(tap[start + own], 1.0, looked)
             sines[p, d] = _coefficient(tap[start + other], sign, looked)
+        _pair_up(p, rotary, layout_out, cosines, sines, written)
     inverse = _signs(cosines, sines)
     try:
         cos = _table(root, cosines, shape, rotary, layout_out, sizes)
@@ -96,6 +99,7 @@ def _taps(
     expr: Expr, x: fx.Node, p: Position, d: int, memo: dict[Expr, dict[tuple[Expr, ...], float]]
 ) -> dict[int, tuple[float, Expr | None]]:
     taps: dict[int, tuple[float, Expr | None]] = {}
+    products = False
     terms = polynomial(expr, memo)
     for atoms, constant in terms.items():
         own = [a for a in atoms if a.op == "load" and a.args[0] is x]
@@ -105,11 +109,12 @@ def _taps(
         idx = own[0].args[1]
         if idx[:-1] != p or not isinstance(idx[-1], int):
             raise NoRotation("an element of another token or head is mixed in")
-        if len(rest) > 1:
-            raise NoRotation("a coefficient is a product of several tensors", near=len(taps) == 1)
+        products = products or len(rest) > 1
         if idx[-1] in taps:
             raise NoRotation("a coefficient is a sum of several terms", near=len(terms) <= MAX_TERMS_NEAR)
         taps[idx[-1]] = (constant, rest[0] if rest else None)
+    if products:
+        raise NoRotation("a coefficient is a product of several tensors", near=len(taps) == 2)
     if not (len(taps) == 2 or taps == {d: (1.0, None)}):
         raise NoRotation(f"{len(taps)} taps of an element")
     if len(taps) == 2 and any(atom is None for _, atom in taps.values()):
@@ -160,7 +165,39 @@ def _coefficient(tap: tuple[float, Expr | None], sign: float, looked: Elements) 
     constant, atom = tap
     assert atom is not None
     inner = looked.at(*atom.args) if atom.op == "load" else atom
-    return (-constant * sign, inner.args[0]) if inner.op == "neg" else (constant * sign, atom)
+    if inner.op != "neg":
+        return constant * sign, atom
+    for node, idx in trail(atom.args[0], atom.args[1], looked) if atom.op == "load" else ():
+        if (
+            node.target is aten.neg.default
+        ):  # its operand as it is: views of it are looked through with those of the others
+            return -constant * sign, looked.load(tensor_of(node.args[0]), idx)
+    return -constant * sign, inner.args[0]
+
+
+def _pair_up(
+    p: Position,
+    rotary: int,
+    layout_out: PairLayout,
+    cosines: dict[tuple[Position, int], tuple[float, Expr]],
+    sines: dict[tuple[Position, int], tuple[float, Expr]],
+    written: Elements,
+) -> None:
+    """Where a pair's coefficients of opposite signs are entries of one tensor that the graph fills (matrices of 2 x 2), both
+    rows of the pair take those of its second: cos where both are computed alike, sin where one is computed as the other's
+    negative."""
+    for i in range(rotary // 2):
+        first, second = ((p, d) for d in _pair(i, rotary, layout_out))
+        (a, one), (b, other) = sines[first], sines[second]
+        if a == b or one is other:
+            continue
+        values = [written.at(*e.args) if e.op == "load" else e for e in (one, other)]
+        if written.make("neg", values[0]) is not values[1]:
+            continue
+        sines[first] = (-a, other)
+        (a, one), (b, other) = cosines[first], cosines[second]
+        if a == b and one.op == other.op == "load" and written.at(*one.args) is written.at(*other.args):
+            cosines[first] = (a, other)
 
 
 def _signs(
@@ -171,7 +208,7 @@ def _signs(
         raise NoRotation("the first coefficient has a constant factor or a sign", near=True)
     signs = {c for c, _ in sines.values()}
     if signs not in ({1.0}, {-1.0}):
-        raise NoRotation("the signs of the two halves are not opposite", near=signs <= {1.0, -1.0})
+        raise NoRotation("the signs of the two halves are not opposite, as far as they show", near=signs <= {1.0, -1.0})
     return signs == {-1.0}
 
 

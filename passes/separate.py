@@ -91,7 +91,8 @@ def left(node: fx.Node) -> fx.Node:
 
 
 def stored(node: fx.Node, ev: Elements) -> Stored:
-    """The weight and the bias of a product of two matrices; NotStored where they are no plain tensors."""
+    """The weight and the bias of a product of two matrices, in the dtypes that it takes them in; NotStored where they are no
+    plain tensors."""
     found = product(node)
     if found is None:
         raise NotStored(f"{node.name} is no product of two matrices")
@@ -102,6 +103,8 @@ def stored(node: fx.Node, ev: Elements) -> Stored:
     for source, idx in paths[0].items():
         inner, outer = (p.get(source) for p in paths[1:])
         if inner is None or outer is None or inner[:-2] != idx[:-2] or outer[:-2] != idx[:-2]:
+            continue
+        if source.meta["val"].dtype != operand.meta["val"].dtype:  # before a cast, autocast's say
             continue
         if idx[-2:] != (0, 0) or sorted((inner[-2:], outer[-2:])) != [(0, 1), (1, 0)]:
             continue
@@ -123,6 +126,8 @@ def _bias(operand: fx.Node, columns: int, ev: Elements) -> tuple[fx.Node, tuple[
     at = (columns - 1,) if len(ev.shape(operand)) == 1 else (ev.shape(operand)[0] - 1, columns - 1)
     bias = of = None
     for node, idx in trail(operand, at, ev):
+        if node.meta["val"].dtype != operand.meta["val"].dtype:
+            continue
         if idx == (columns - 1,) and ev.shape(node) == (columns,):
             bias = node
         elif len(idx) == 2 and isinstance(idx[0], int) and ev.shape(node)[1] == columns and bias is not None:

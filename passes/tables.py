@@ -5,7 +5,7 @@ of a base node; if the base's index is an affine image of (position, column), th
 unsqueezed, is the table, and no copy of it is made.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from braze.kernels.spec import PairLayout
-from braze.passes.elements import Elements, Expr, Position, Sizes, is_complex
+from braze.passes.elements import Elements, Expr, Position, Sizes, is_complex, trail
 
 aten = torch.ops.aten
 
@@ -34,6 +34,7 @@ class Table:
     axes: tuple[int | None, ...]  # for each dimension before the last: the base's dimension, or None to broadcast
     fixed: dict[int, int] = field(default_factory=dict)  # dimensions of the base taken at one index
     part: str = ""  # of a complex base: "re" or "im"
+    last: tuple[int, ...] = ()  # where columns are no last dimension: the indices at which those after them are taken
 
     def node(self, before: fx.Node) -> fx.Node:
         """The view, as nodes inserted before `before` (none where the base serves as it is, or has it already)."""
@@ -41,6 +42,8 @@ class Table:
         node = self.base
         if self.part:
             node = real_part(node, self.part, make)
+        for k in reversed(self.last):
+            node = make(aten.select.int, (node, -1, k))
         if self.width != node.meta["val"].shape[-1]:
             node = make(aten.slice.Tensor, (node, -1, self.column, self.column + self.width))
         last = node.meta["val"].ndim - 1
@@ -95,7 +98,7 @@ def table(atoms: Coefficients, shape: tuple[int, ...], rotary: int, layout: Pair
     """The table of `atoms`, {(position, output element): atom}, for a rotation of [*shape]; NoTable if there is none."""
     looked = Elements(sizes, stop=lambda n: not is_view(n))
     base = {key: _through(looked, atom) for key, atom in atoms.items()}
-    for choice in (_written_once(base, sizes), atoms):
+    for choice in (_written_once(base, sizes), atoms, *_along(atoms, sizes)):
         found = _fit(choice, shape, rotary, layout, sizes)
         if found is not None:
             return found
@@ -111,6 +114,7 @@ _VIEWS = {
     aten.squeeze.dim,
     aten.squeeze.dims,
     aten.expand.default,
+    aten.repeat.default,
     aten.slice.Tensor,
     aten.select.int,
     aten.clone.default,
@@ -129,6 +133,38 @@ def is_view(node: fx.Node) -> bool:
 
 def _through(ev: Elements, atom: Expr) -> Expr:
     return ev.at(*atom.args) if atom.op == "load" else atom
+
+
+def _along(atoms: Coefficients, sizes: Sizes) -> Iterator[Coefficients]:
+    """`atoms` as elements of each node that all of them are views of, the one furthest behind first. Views that are written
+    twice are one."""
+    if any(a.op != "load" for a in atoms.values()):
+        return
+    ways = {key: dict(_views_behind(atom, sizes)) for key, atom in atoms.items()}
+    first = next(iter(ways.values()))
+    for same in reversed(first):
+        if all(same in way for way in ways.values()):
+            node = first[same].args[0]
+            yield {key: Expr("load", (node, way[same].args[1])) for key, way in ways.items()}
+
+
+def _views_behind(atom: Expr, sizes: Sizes) -> Iterator[tuple[Any, Expr]]:
+    """(what is the same for a node that is written twice, the element there) for each view that an atom is looked through."""
+    for node, idx in trail(atom.args[0], atom.args[1], Elements(sizes, stop=lambda n: True)):
+        yield _writing(node), Expr("load", (node, idx))
+        if not is_view(node):
+            return
+
+
+def _writing(node: fx.Node) -> Any:
+    """Equal for views of one node that are written alike."""
+    if node.op != "call_function" or not is_view(node):
+        return node
+    return node.target, str(node.kwargs), fx.node.map_arg(_hashable(node.args), _writing)
+
+
+def _hashable(arg: Any) -> Any:
+    return tuple(map(_hashable, arg)) if isinstance(arg, list | tuple) else arg
 
 
 def _written_once(atoms: Coefficients, sizes: Sizes) -> Coefficients:
@@ -162,6 +198,10 @@ def _fit(atoms: Coefficients, shape: tuple[int, ...], rotary: int, layout: PairL
     if any(not isinstance(i, int) for idx in index.values() for i in idx):
         return None
     rank = len(next(iter(index.values())))
+    last: tuple[int, ...] = ()
+    while rank and rotary > 2 and len({idx[-1] for idx in index.values()}) == 1:
+        last = (next(iter(index.values()))[-1], *last)
+        index, rank = {key: idx[:-1] for key, idx in index.items()}, rank - 1
     if rank == 0:
         return None
     columns = [{idx[-1] for (_, d), idx in index.items() if d == c} for c in range(rotary)]
@@ -174,7 +214,7 @@ def _fit(atoms: Coefficients, shape: tuple[int, ...], rotary: int, layout: PairL
     axes, fixed = _axes({p: idx for (p, d), idx in index.items() if d == 0}, sizes.shape(base)[: rank - 1], shape)
     if axes is None or any(not _at(p, idx, axes, fixed) for (p, _), idx in index.items()):
         return None
-    return Table(base, width, flat[0], axes, fixed, part)
+    return Table(base, width, flat[0], axes, fixed, part, last)
 
 
 def _at(p: Position, idx: Position, axes: tuple[int | None, ...], fixed: dict[int, int]) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from braze.kernels.expression import g as G
@@ -19,6 +20,8 @@ from braze.passes.elements import Elements, Expr, Position, Unknown, leaves, tra
 from braze.passes.products import NoExperts
 from braze.passes.rows import count
 from braze.passes.separate import is_plain
+
+_CAST = torch.ops.prims.convert_element_type.default
 
 
 @dataclass(frozen=True)
@@ -119,14 +122,18 @@ def last_row(rows: fx.Node, ev: Elements) -> tuple[fx.Node, Position]:
 
 def read_by(starts: Sequence[tuple[fx.Node, tuple[fx.Node, Position]]], ev: Elements) -> fx.Node:
     """The tensor [.., hidden] whose rows all products read, the nearest one that views lead to; starts: each product's rows,
-    and what the first element of the last one is."""
-    shared: list[fx.Node] | None = None
+    and what the first element of the last one is. Casts of one tensor, made for each product (autocast's), are one."""
+    shared: dict[Any, fx.Node] | None = None
     for rows, start in starts:
-        own = [n for n, idx in trail(*start, ev) if _holds_rows(n, idx, rows, ev)]
-        shared = own if shared is None else [n for n in shared if n in own]
+        own = {_cast_of(n): n for n, idx in trail(*start, ev) if _holds_rows(n, idx, rows, ev)}
+        shared = own if shared is None else {key: min(n, own[key]) for key, n in shared.items() if key in own}
     if not shared:
         raise NoExperts("the products do not read one tensor [tokens, hidden]")
-    return shared[0]
+    return next(iter(shared.values()))
+
+
+def _cast_of(node: fx.Node) -> Any:
+    return tuple(node.args[:2]) if node.target is _CAST else node
 
 
 def _holds_rows(node: fx.Node, idx: Position, rows: fx.Node, ev: Elements) -> bool:

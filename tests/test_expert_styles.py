@@ -328,12 +328,6 @@ def added_in_order(m: Layer, x: Tensor) -> Tensor:
     return torch.zeros_like(x).index_add(0, torch.arange(T * K) // K, y * weights.flatten()[perm].unsqueeze(1))
 
 
-def added_to_something(m: Layer, x: Tensor) -> Tensor:
-    """The rows' sum begins with a multiple of the tokens, which no op of experts has a place for."""
-    y, perm, weights = sorted_rows(m, x)
-    return (2 * x).index_add(0, perm // K, y * weights.flatten()[perm].unsqueeze(1))
-
-
 def another_router(m: Layer, x: Tensor) -> Tensor:
     """Ids and weights of two choices."""
     y, perm, weights = sorted_rows(m, x)
@@ -377,9 +371,8 @@ REFUSED: dict[Style, str] = {
     one_bias: "only one of gate and up has a bias",
     columns_turned: "the activation depends on",
     gate_returned: "is also used by",
-    added_at_rows: "not linear in the second product's rows",
+    added_at_rows: "no [tokens, slots]",
     added_in_order: "are not put back by the inverse of their sort",
-    added_to_something: "not weighted as they are",
     another_router: "weight",
     put_back_in_reverse: "not linear in the second product's rows",
     a_row_kept: "not linear in the second product's rows",
