@@ -30,6 +30,7 @@ _ADDED = {
     "index_add": 3, "index_add_": 3, "index_put": 2, "index_put_": 2, "add": 1, "add_": 1,
     "scatter_add": 3, "scatter_add_": 3, "scatter_reduce": 3, "scatter_reduce_": 3,
 }  # fmt: skip
+_PRODUCTS = ("mul", "mul_", "mm", "bmm")
 _SPLITS = ("split", "split_with_sizes", "unbind")
 _OUT_OF_PLACE = {
     "index_add_", "index_put_", "add_", "mul_", "sub_", "div_", "clamp_", "relu_", "silu_", "copy_", "scatter_", "masked_fill_",
@@ -51,10 +52,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Expert:
-    """code: (row [1, hidden], *parts) -> [1, hidden]. Equal texts: the same but for the parts."""
+    """code: (row [1, hidden], *parts) -> [1, hidden]. Equal texts: the same but for the parts. on_input: whether the weight
+    multiplies the row, not the result."""
 
     code: fx.Graph
     parts: tuple[Part, ...]
+    on_input: bool = False
 
     @cached_property
     def text(self) -> str:
@@ -93,7 +96,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         self.known: dict[int, fx.Node] = {}
         self.held: dict[int, Held] = {}  # of tensors that have several rows
         self.width = row.numel()
-        self._give(row, self.graph.placeholder("row"))
+        self.row = self.graph.placeholder("row")
+        self.on_input = False  # whether the row itself is multiplied by a weight
+        self._give(row, self.row)
         tensors = (*module.named_parameters(), *module.named_buffers())
         self.parameters: dict[int, str] = {id(p): n for n, p in tensors}
         self.taken: dict[Part, fx.Node] = {}
@@ -134,7 +139,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             return
         if out is None or not any(a in self.known or a in self.held or a in self.parameters for a in given):
             return
-        if name in ("mul", "mul_") and any(self._is_constant(a, 0.0) for a in args[:2]):
+        if name in _PRODUCTS and any(self._is_constant(a, 0.0) for a in args[:2]):
             self.known.pop(id(out), None)
             return  # the slot of another expert
         same = self._same(name, args, out)
@@ -198,7 +203,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
 
     def _scaled(self, rows: Sequence[Row], b: Any, factors: Tensor) -> tuple[Row, ...] | None:
         """Rows times the constant b, which is as in factors for each of them."""
-        return slots.scaled(rows, factors)
+        made = slots.scaled(rows, factors)
+        return made and tuple(self._weighted(r, b) if isinstance(r, fx.Node) else r for r in made)
+
+    def _weighted(self, node: fx.Node, b: Any) -> fx.Node:
+        """A row's value times the constant b, which is 1."""
+        self.on_input = self.on_input or (isinstance(b, Tensor) and self.is_row(node))
+        return node
+
+    def is_row(self, node: fx.Node) -> bool:
+        """Whether a node is the row itself, in whatever shape."""
+        return (node.args[0] if node.target is aten.reshape.default else node) is self.row
 
     def _called(self, func: Any, row: fx.Node, kwargs: Any) -> fx.Node:
         made = self.graph.call_function(func, (row,), kwargs)
@@ -319,7 +334,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         if name in ("mul", "mul_"):
             for a, b in (args[:2], args[1::-1]):
                 if id(a) in self.known and self._is_constant(b, 1.0) and out.numel() == a.numel():
-                    return self.known[id(a)]
+                    return self._weighted(self.known[id(a)], b)
         if (
             name.startswith("index_put")
             and id(args[2]) in self.known
@@ -376,4 +391,4 @@ def trace(module: nn.Module, name: str, expert: int, hidden: int, form: Form = "
     for node in [n for n in parts if not n.users]:
         graph.erase_node(node)
         del parts[node]
-    return Expert(graph, tuple(parts[n] for n in graph.find_nodes(op="placeholder") if n in parts))
+    return Expert(graph, tuple(parts[n] for n in graph.find_nodes(op="placeholder") if n in parts), recorder.on_input)

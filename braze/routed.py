@@ -6,7 +6,7 @@ row to an expert's result, and from the row and the weighted sum of those to wha
 """
 
 import copy
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 
 from braze.one_expert import Expert, NoExpert, Part, Recorder
 from braze.scouting import Choice, ids_of, scout
-from braze.slots import Row
 from braze.unlooped import Routed
 from braze.unlooping import ChoosesNone, KeepsLoop, hidden_of, made_of, sizes, small, worthwhile
 
@@ -48,13 +47,12 @@ class _Chosen(Recorder):
 
     def __init__(self, module: nn.Module, x: Tensor, choice: Choice, expert: int) -> None:
         super().__init__(module, x)
-        self.row = self.known[id(x)]
         self.row.meta["shape"] = (1, x.shape[-1])
         self.known[id(x)] = self.reshaped(self.row, x)
         self.choice, self.expert_number = choice, expert
         self.count = -1
-        self.y = self.graph.placeholder("y")
-        self.y.meta["shape"] = self.row.meta["shape"]
+        self.y, self.fed = self.graph.placeholder("y"), self.graph.placeholder("fed")  # a result; a row with its weight
+        self.y.meta["shape"] = self.fed.meta["shape"] = self.row.meta["shape"]
         self.ids: fx.Node | None = None
         self.weights: fx.Node | None = None
         self.expert: fx.Node | None = None
@@ -106,21 +104,16 @@ class _Chosen(Recorder):
         for key in self.of_ids:
             self.known.pop(key, None)
 
-    def _same(self, name: str, args: Any, out: Any) -> fx.Node | None:
-        if name in ("mul", "mul_"):
-            for a, b in (args[:2], args[1::-1]):
-                if id(b) in self.constants and id(a) in self.known and self._is_constant(b, 1.0):
-                    return self._result(self.known[id(a)], a.numel())
-        return super()._same(name, args, out)
+    def _weighted(self, node: fx.Node, b: Any) -> fx.Node:
+        if id(b) not in self.constants:
+            return node
+        if not self.is_row(node):
+            return self._result(node)
+        self.on_input = True
+        return self.fed
 
-    def _scaled(self, rows: Sequence[Row], b: Any, factors: Tensor) -> tuple[Row, ...] | None:
-        made = super()._scaled(rows, b, factors)
-        if made is None or id(b) not in self.constants:
-            return made
-        return tuple(self._result(row, self.width) if isinstance(row, fx.Node) else row for row in made)
-
-    def _result(self, node: fx.Node, size: int) -> fx.Node:
-        if self.expert is not None or size != self.width:
+    def _result(self, node: fx.Node) -> fx.Node:
+        if self.expert is not None or self.on_input or math.prod(node.meta["shape"]) != self.width:
             raise NoExpert("a weight is multiplied by more than one expert's result")
         self.expert = node
         return self.y
@@ -150,19 +143,41 @@ def trace(module: nn.Module, x: Tensor, choice: Choice, expert: int) -> Layer:
     x = x.clone()
     with torch.no_grad(), _Chosen(module, x, choice, expert) as found:
         out = type(module).forward(module, x)
-    if found.expert is None or found.ids is None or found.weights is None:
+    if (found.expert is None and not found.on_input) or found.ids is None or found.weights is None:
         raise NoExpert("no weight is multiplied by an expert's result")
     if not isinstance(out, Tensor) and not (
         isinstance(out, tuple) and all(o is None or isinstance(o, Tensor) for o in out)
     ):
         raise NoExpert(f"it returns a {type(out).__name__}, not a tensor or a tuple of tensors")
     results = tuple(map(found.returned, _tensors(out)))
+    if found.on_input:
+        found.expert = _of_fed(found)
     parts = {node: part for part, node in found.taken.items()}
     router = _cut([found.row], (found.ids, _weights(found)), parts)
-    one = _cut([found.row], found.reshaped(found.expert, torch.empty(found.row.meta["shape"])), parts)
+    assert found.expert is not None
+    result = found.reshaped(found.expert, torch.empty(found.row.meta["shape"]))
+    one = _cut([found.fed if found.on_input else found.row], result, parts)
+    if found.on_input:
+        found.expert.replace_all_uses_with(found.y)
+        results = tuple(found.y if r is found.expert else r for r in results)
     after = _cut([found.row, found.y], results, parts)
     returns = None if isinstance(out, Tensor) else tuple(o is not None for o in out)
-    return Layer(router, Expert(one.graph, one.parts), after, returns)
+    return Layer(router, Expert(one.graph, one.parts, found.on_input), after, returns)
+
+
+def _of_fed(found: _Chosen) -> fx.Node:
+    """The last that follows from the row with its weight and from the row in no other way."""
+    fed, other = {found.fed}, {found.row}
+    last: fx.Node | None = None
+    for node in found.graph.nodes:
+        for known in (fed, other):
+            if known.intersection(node.all_input_nodes):
+                known.add(node)
+        if node in fed and node not in other and node.meta.get("shape") == found.row.meta["shape"]:
+            last = node
+    if last is None or last is found.fed:
+        raise NoExpert("no expert takes what a weight was multiplied by")
+    return last
 
 
 def _weights(found: _Chosen) -> fx.Node:
@@ -265,6 +280,8 @@ def _built(module: nn.Module) -> tuple[Routed, Choice]:
     first = layers[0]
     router, after = (fx.GraphModule(nn.Module(), code.graph) for code in (first.router, first.after))
     experts = made_of(module, "forward", [layer.expert for layer in layers])
+    if experts.on_input and not experts.stacked and choice.kind != "topk":
+        raise KeepsLoop("weights multiply the input of experts that no top-k chose, which may be chosen twice")
     kind = x.ndim, x.dtype
     return Routed(module, router, first.router.parts, experts, after, first.after.parts, first.returns, kind), choice
 
@@ -304,8 +321,13 @@ def _compared_as(module: nn.Module, made: Routed, choice: Choice) -> Routed:
         raise KeepsLoop("its forward sets attributes")
     wanted = _tensors(expected)
     made = replace(made, batched=tuple(_batched(t, x) for t in wanted))
-    with torch.no_grad():
-        got = _tensors(made.of(module).compute(x))
+    try:
+        with torch.no_grad():
+            got = _tensors(made.of(module).compute(x))
+    except (RuntimeError, IndexError) as e:
+        if module is not made.module and isinstance(e, RuntimeError):
+            raise
+        raise KeepsLoop(f"its code for one token does not run on many: {str(e).splitlines()[0]}") from e
     for a, b in zip(got, wanted, strict=True):
         error = _difference(a, b)
         if (a.shape, a.dtype) != (b.shape, b.dtype) or not error <= _tolerance(like.dtype, narrow.seen):

@@ -24,7 +24,7 @@ _FIRST = ("max", "argmax")
 @dataclass(frozen=True)
 class Choice:
     """Where a layer's forward chooses, as numbers of operations in their order: what chooses, what has the k ids, and what
-    makes the weights. scores: these are of all experts, not of the chosen ones. sorted_: a sort of all chooses."""
+    makes the weights. scores: these are of all experts, not of the chosen ones. kind: topk, sort or max."""
 
     tops: tuple[int, ...]
     ids: int
@@ -32,7 +32,7 @@ class Choice:
     k: int
     experts: int
     scores: bool = False
-    sorted_: bool = False
+    kind: str = "topk"
 
 
 def ids_of(name: str, out: Any) -> Tensor:
@@ -95,12 +95,14 @@ def _choice(found: list[_Chooser]) -> Choice:
         of_kind = [c for c in found if c.name in names and c.taken]
         if of_kind:
             last = of_kind[-1]
-            return Choice((last.at,), last.at, last.at, last.taken, last.experts, sorted_=last.name == "sort")
+            return Choice((last.at,), last.at, last.at, last.taken, last.experts, kind=last.name)
     firsts = [c for c in found if c.name in _FIRST and c.taken]
     firsts = [c for c in firsts if c.experts == firsts[-1].experts]
     if not firsts:
         raise NoExpert("it has no top-k")
-    return Choice(tuple(c.at for c in firsts), firsts[-1].at, firsts[-1].at, len(firsts), firsts[-1].experts)
+    return Choice(
+        tuple(c.at for c in firsts), firsts[-1].at, firsts[-1].at, len(firsts), firsts[-1].experts, kind="max"
+    )
 
 
 class _Scout(TorchDispatchMode):  # type: ignore[misc]
@@ -112,7 +114,7 @@ class _Scout(TorchDispatchMode):  # type: ignore[misc]
         self.found = choice
         self.begun = False  # whether the weights were used
         self.together = False  # whether the k ids are
-        self.wide = choice.sorted_  # whether values are of all experts, of which the first are taken
+        self.wide = choice.kind == "sort"  # whether values are of all experts, of which the first are taken
         self.ids: set[int] = set()
         self.weights: set[int] = set()
         self.scores: set[int] = set()  # of an expert each
