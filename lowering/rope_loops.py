@@ -171,15 +171,14 @@ class _Rotation:
                 [*self.size[:-1], end - begin], lambda index: self.load_x([*index[:-1], index[-1] + begin])
             )
 
-        cat = inductor.aten(torch.ops.aten.cat.default)
         parts = [component(0), component(1)]
         if spec.layout_out == "interleaved":
             columns = [inductor.aten(torch.ops.aten.unsqueeze.default)(part, last + 1) for part in parts]
-            pairs = cat(columns, last + 1)
+            pairs = inductor.cat(columns, last + 1)
             parts = [inductor.aten(torch.ops.aten.reshape.default)(pairs, [*self.size[:-1], spec.rotary_dim])]
         end = spec.start + spec.rotary_dim
         if spec.start:
             parts.insert(0, passed(0, spec.start))
         if not inductor.same_size(self.size[-1], end):
             parts.append(passed(end, self.size[-1]))
-        return parts[0] if len(parts) == 1 else cat(parts, last)
+        return parts[0] if len(parts) == 1 else inductor.cat(parts, last)

@@ -25,6 +25,14 @@ class NoLoop(NoExperts):
     """Why products that are masked and added up are no expert block."""
 
 
+class ForeignTerm(NoLoop):
+    """A sum of experts that has something else in it. masked: the products of its terms that are masked."""
+
+    def __init__(self, masked: set[fx.Node]) -> None:
+        super().__init__("a term without an expert's product")
+        self.masked = masked
+
+
 @dataclass(frozen=True)
 class Term:
     """One expert in one slot of the element: its last product, its number, the ids and the weight that choose it.
@@ -114,6 +122,10 @@ def root_of(down: fx.Node, inside: Collection[fx.Node], reads: Callable[[fx.Node
             expr = _linear(element.at(node, tuple(s - 1 for s in shape)), element, {})
             met = {e.args[0] for e in leaves([expr]) if is_plain(e.args[0])}
             terms = _terms(expr, memo, rows, ev)
+        except ForeignTerm as e:
+            found.products |= e.masked
+            found.reason = str(e)
+            break
         except (NoLoop, Unknown, TooLarge, RecursionError) as e:
             found.reason = str(e)
             break
@@ -150,10 +162,10 @@ def _terms(expr: Expr, memo: dict[Expr, Any], rows: Rows, ev: Elements) -> list[
     """The terms of a sum of experts; empty where one is not masked or scored (yet); NoLoop where a product is missing."""
     out = []
     complete = True
-    for atoms, scale in polynomial(expr, memo).items():
-        products = [a for a in atoms if a.op == "load" and is_plain(a.args[0])]
-        if len(products) != 1:
-            raise NoLoop("a term without an expert's product")
+    each = [(atoms, scale, _products(atoms)) for atoms, scale in polynomial(expr, memo).items()]
+    if any(len(products) != 1 for _, _, products in each):
+        raise ForeignTerm({p.args[0] for atoms, _, products in each if any(map(chooses, atoms)) for p in products})
+    for atoms, scale, products in each:
         factors = {a for a in atoms if a is not products[0]}
         product = products[0].args[0]
         term = _term(product, scale, factors, ev)
@@ -161,6 +173,10 @@ def _terms(expr: Expr, memo: dict[Expr, Any], rows: Rows, ev: Elements) -> list[
         complete = complete and bool(found)
         out += found
     return out if complete else []
+
+
+def _products(atoms: Iterable[Expr]) -> list[Expr]:
+    return [a for a in atoms if a.op == "load" and is_plain(a.args[0])]
 
 
 def _term(product: fx.Node, scale: float, factors: set[Expr], ev: Elements) -> Term | None:

@@ -33,9 +33,9 @@ MAX_EXPERTS = 256
 def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[MoeSite], list[NearMiss]]:
     """Every unrolled expert block of the graph, and every masked sum of experts that is none, with the reason."""
     sites: list[MoeSite] = []
-    misses: list[NearMiss] = []
+    misses: list[tuple[NearMiss, set[fx.Node]]] = []
     if not any(map(is_choice, graph.nodes)):
-        return sites, misses
+        return [], []
     ev = Elements(sizes, stop=is_plain)
     downs = [n for n in graph.nodes if is_plain(n) and firsts(n, 0, ev)]
     ways = list(dict.fromkeys(frozenset(behind({*downs, *chosen})) for chosen in masks(graph)))
@@ -54,10 +54,9 @@ def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[MoeSite], list[NearMiss]]:
             elif len(found.products) > 1:
                 raise NoLoop(f"the experts' outputs are not added up, each masked or weighted: {found.reason}")
         except (NoExperts, Unknown, TooLarge, separate.NotStored) as e:
-            misses.append(
-                NearMiss("moe", (found.root or down).name, "find", str(e), source_line([found.root or down, down]))
-            )
-    return sites, misses
+            at = found.root or down
+            misses.append((NearMiss("moe", at.name, "find", str(e), source_line([at, down])), found.products))
+    return sites, [miss for miss, products in misses if not any(products < others for _, others in misses)]
 
 
 # ---------------------------------------------------------------------------------------------------- the site

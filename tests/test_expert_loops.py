@@ -333,7 +333,13 @@ class TwoRouters(Loop):
 
     def forward(self, x: Tensor) -> Tensor:
         w, ids = self.route(x)
-        return sum(((w * (ids.flip(-1) == e)).sum(-1, keepdim=True) * f(x) for e, f in enumerate(self.experts)), 0 * x)
+        return sum(((w * (ids.flip(-1) == e)).sum(-1, keepdim=True) * f(x) for e, f in enumerate(self.experts)))
+
+
+class FromTokens(Loop):
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        return sum(((w * (ids == e)).sum(-1, keepdim=True) * f(x) for e, f in enumerate(self.experts)), x)
 
 
 class OtherActivation(Loop):
@@ -431,6 +437,14 @@ REFUSED: dict[str, tuple[type[Loop], str]] = {
     "weight on half of the input": (HalfWeighted, "only some of the experts' inputs are weighted"),
     "no sum": (Largest, "are not added up"),
 }
+
+
+def test_a_sum_that_starts_from_something_else_is_told_of_once() -> None:
+    fused = Fused(FromTokens())
+    fused(tokens(T))
+    assert fused.count("moe") == [0]
+    (reason,) = fused.reasons
+    assert "a term without an expert's product" in reason
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -237,6 +237,10 @@ def test_sizes_that_someone_wants_dynamic_stay_so() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.12",
+    reason="Inductor of torch 2.11 has no numbers for symbols after a pass: nothing is fused",
+)
 def test_a_backward_pass_after_numbers_were_fixed() -> None:
     x, wq, cos, sin = rope_inputs()
     compiled, counter = counted(turn)
