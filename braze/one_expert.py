@@ -6,6 +6,7 @@ are the operations from the row to the result; a part taken of a stacked paramet
 """
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from braze import slots
+from braze.slots import Held, Other, Row
 
 aten = torch.ops.aten
 
@@ -27,6 +31,8 @@ _ADDED = {
     "index_add": 3, "index_add_": 3, "index_put": 2, "index_put_": 2, "add": 1, "add_": 1,
     "scatter_add": 3, "scatter_add_": 3, "scatter_reduce": 3, "scatter_reduce_": 3,
 }  # fmt: skip
+_PRODUCTS = ("mul", "mul_", "mm", "bmm")
+_SPLITS = ("split", "split_with_sizes", "unbind")
 _OUT_OF_PLACE = {
     "index_add_", "index_put_", "add_", "mul_", "sub_", "div_", "clamp_", "relu_", "silu_", "copy_", "scatter_", "masked_fill_",
 }  # fmt: skip
@@ -47,10 +53,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Expert:
-    """code: (row [1, hidden], *parts) -> [1, hidden]. Equal texts: the same but for the parts."""
+    """code: (row [1, hidden], *parts) -> [1, hidden]. Equal texts: the same but for the parts. on_input: whether the weight
+    multiplies the row, not the result."""
 
     code: fx.Graph
     parts: tuple[Part, ...]
+    on_input: bool = False
 
     @cached_property
     def text(self) -> str:
@@ -87,7 +95,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         super().__init__()
         self.graph = fx.Graph()
         self.known: dict[int, fx.Node] = {}
+        self.held: dict[int, Held] = {}  # of tensors that have several rows
+        self.width = row.numel()
         self.row = self.graph.placeholder("row")
+        self.on_input = False  # whether the row itself is multiplied by a weight
         self._give(row, self.row)
         tensors = (*module.named_parameters(), *module.named_buffers())
         self.parameters: dict[int, str] = {id(p): n for n, p in tensors}
@@ -118,9 +129,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             self.known[id(out)] = part
             return
         given = (id(a) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor))
-        if out is None or not any(a in self.known or a in self.parameters for a in given):
+        if name in _SPLITS and id(args[0]) in self.held:
+            for i, o in enumerate(out):
+                one = lambda *a, i=i, **k: func(*a, **k)[i]  # noqa: E731
+                self._hold(
+                    name, slots.moved(one, "slice", args, kwargs, self.width, self._held) if o.numel() else None, o
+                )
             return
-        if name in ("mul", "mul_") and any(self._is_constant(a, 0.0) for a in args[:2]):
+        if self._hold(name, self._rows_made(func, name, args, kwargs, out), out):
+            return
+        if out is None or not any(a in self.known or a in self.held or a in self.parameters for a in given):
+            return
+        if name in _PRODUCTS and any(self._is_constant(a, 0.0) for a in args[:2]):
             self.known.pop(id(out), None)
             return  # the slot of another expert
         same = self._same(name, args, out)
@@ -144,9 +164,103 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             for i, o in enumerate(out):
                 self._give(o, self.graph.call_function(operator.getitem, (node, i)))
 
-    def _aliases(self, out: Tensor) -> list[Tensor]:
-        """The tensors that are in the same memory in the same shape."""
-        tensors = [t for t in tree_leaves(self.alive) if isinstance(t, Tensor) and t.shape == out.shape]
+    def _rows_made(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> Held | None:
+        """What a result holds that has several rows, or was made of what has; None where it does not hold rows."""
+        if not isinstance(out, Tensor) or not out.is_floating_point() or out.numel() % self.width:
+            return None
+        tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        one = any(id(a) in self.known and a.numel() == self.width for a in tensors)
+        several = out.numel() > self.width or name in ("permute", "transpose", "t")
+        if not any(id(a) in self.held for a in tensors) and not (one and several):
+            return None
+        made = slots.moved(func, name, args, kwargs, self.width, self._held)
+        if made is None:
+            rows = self._rows_computed(func, name, args, kwargs, out)
+            made = None if rows is None else Held(rows)
+        return made
+
+    def _rows_computed(self, func: Any, name: str, args: Any, kwargs: Any, out: Tensor) -> tuple[Row, ...] | None:
+        """The rows of a result that follows from rows otherwise than by moving them."""
+        if name in ("mul", "mul_"):
+            for a, b in (args[:2], args[1::-1]):
+                rows = self._rows_as(a, out)
+                if rows is not None and self._is_constant(b):
+                    return self._scaled(rows, b, torch.as_tensor(b).expand(out.shape).reshape(-1, self.width))
+        elif name in ("mm", "bmm") and self._is_constant(args[0]) and out.numel() == self.width == args[1].shape[-1]:
+            rows = self._rows(args[1])
+            rows = rows and self._scaled(rows, args[0], args[0].reshape(-1, 1))
+            return rows and slots.summed(rows)
+        elif name == "sum" and out.numel() == self.width == args[0].shape[-1]:
+            rows = self._rows(args[0])
+            return rows and slots.summed(rows)
+        elif name.startswith(("index_add", "scatter_add")) and args[1] == 0 and args[3].shape[-1] == self.width:
+            index, rows = args[2].reshape(args[3].shape[0], -1), self._rows(args[3])
+            if rows is not None and args[3].ndim == 2 and bool((index == index[:, :1]).all()):
+                return slots.added(rows, index[:, 0], args[3], out)
+        elif name == "_to_copy":
+            rows = self._rows(args[0])
+            return rows and tuple(r if isinstance(r, Other) else self._called(func, r, kwargs) for r in rows)
+        return None
+
+    def _scaled(self, rows: Sequence[Row], b: Any, factors: Tensor) -> tuple[Row, ...] | None:
+        """Rows times the constant b, which is as in factors for each of them."""
+        made = slots.scaled(rows, factors)
+        return made and tuple(self._weighted(r, b) if isinstance(r, fx.Node) else r for r in made)
+
+    def _weighted(self, node: fx.Node, b: Any) -> fx.Node:
+        """A row's value times the constant b, which is 1."""
+        self.on_input = self.on_input or (isinstance(b, Tensor) and self.is_row(node))
+        return node
+
+    def is_row(self, node: fx.Node) -> bool:
+        """Whether a node is the row itself, in whatever shape."""
+        return (node.args[0] if node.target is aten.reshape.default else node) is self.row
+
+    def _called(self, func: Any, row: fx.Node, kwargs: Any) -> fx.Node:
+        made = self.graph.call_function(func, (row,), kwargs)
+        made.meta["shape"] = row.meta["shape"]
+        return made
+
+    def _held(self, a: Tensor) -> Held | None:
+        """What a tensor holds; rows that are zero, of what is not recorded."""
+        if id(a) in self.held:
+            return self.held[id(a)]
+        if id(a) in self.known:
+            return Held((self.known[id(a)],)) if a.numel() == self.width else None
+        if a.numel() % self.width or id(a) in self.parameters:
+            return None
+        zero = (a.reshape(-1, self.width) == 0).all(1).tolist()
+        return Held(tuple(Other.ZERO if z else Other.UNKNOWN for z in zero))
+
+    def _rows(self, a: Tensor) -> tuple[Row, ...] | None:
+        """The rows of a tensor that has them in order."""
+        held = self._held(a)
+        return held.rows if held is not None and held.at is None else None
+
+    def _rows_as(self, a: Any, out: Tensor) -> tuple[Row, ...] | None:
+        """The rows of a, as often as it is repeated in out."""
+        if not isinstance(a, Tensor) or not (id(a) in self.held or id(a) in self.known):
+            return None
+        made = slots.moved(aten.expand.default, "expand", (a, list(out.shape)), {}, self.width, self._held)
+        return made.rows if made is not None and made.at is None else None
+
+    def _hold(self, name: str, made: Held | None, out: Any) -> bool:
+        """Notes what a result holds; False where that is nothing."""
+        if made is None:
+            return False
+        for tensor in self._aliases(out, out.numel()) if name.endswith("_") else (out,):
+            self.known.pop(id(tensor), None)
+            self.held.pop(id(tensor), None)
+            if len(made.rows) > 1 or made.at is not None:
+                self.held[id(tensor)] = made
+            elif not isinstance(made.rows[0], Other):
+                self.known[id(tensor)] = self.reshaped(made.rows[0], tensor)
+        return True
+
+    def _aliases(self, out: Tensor, size: int | None = None) -> list[Tensor]:
+        """The tensors that are in the same memory in the same shape, or in any of a size."""
+        tensors = [t for t in tree_leaves(self.alive) if isinstance(t, Tensor)]
+        tensors = [t for t in tensors if (t.shape == out.shape if size is None else t.numel() == size)]
         return [out, *(t for t in tensors if storage(t) == storage(out))]
 
     def _give(self, out: Tensor, node: fx.Node) -> None:
@@ -171,6 +285,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             return self.known[id(a)]
         if id(a) in self.parameters:
             return self._taken(Part(self.parameters[id(a)], tuple(a.shape), None))
+        if id(a) in self.held:
+            return self._joined(self.held[id(a)], a)
         if a.numel() == 1:
             return a.item()
         made = self.fresh.get(storage(a))
@@ -190,6 +306,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         column = self.graph.call_function(aten.reshape.default, (column, [-1] + [1] * (a.ndim - 1)))
         wide = self.graph.call_function(aten.expand.default, (column, [-1, *a.shape[1:]]))
         return self.graph.call_function(aten.full_like.default, (wide, value), {"dtype": a.dtype})
+
+    def _joined(self, held: Held, a: Tensor) -> fx.Node:
+        """All rows of a tensor as its value."""
+        row = a.reshape(-1)[: self.width].unsqueeze(0)
+        rows = [self.reshaped(r, row) for r in held.rows if isinstance(r, fx.Node)]
+        if held.at is not None or len(rows) < len(held.rows):
+            raise NoExpert(f"it needs all rows of a tensor {tuple(a.shape)}, of which some are another expert's")
+        made = self.graph.call_function(aten.cat.default, (rows, 1))
+        made.meta["shape"] = (1, a.numel())
+        return self.reshaped(made, a)
 
     def _part(self, func: Any, args: Any, out: Any) -> fx.Node | None:
         """An expert's part of a stacked parameter."""
@@ -221,7 +347,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         if name in ("mul", "mul_"):
             for a, b in (args[:2], args[1::-1]):
                 if id(a) in self.known and self._is_constant(b, 1.0) and out.numel() == a.numel():
-                    return self.known[id(a)]
+                    return self._weighted(self.known[id(a)], b)
         if (
             name.startswith("index_put")
             and id(args[2]) in self.known
@@ -239,10 +365,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             return source
         return None
 
-    def _is_constant(self, a: Any, value: float) -> bool:
+    def _is_constant(self, a: Any, value: float | None = None) -> bool:
+        """Whether it is a constant, everywhere of the value if one is given."""
         if isinstance(a, Tensor):
-            return id(a) not in self.known and id(a) not in self.parameters and bool((a == value).all())
-        return bool(a == value)
+            given = id(a) in self.known or id(a) in self.held or id(a) in self.parameters
+            return not given and (value is None or bool((a == value).all()))
+        return value is None or bool(a == value)
 
 
 def _mask(module: nn.Module, expert: int, device: torch.device) -> Tensor:
@@ -276,4 +404,4 @@ def trace(module: nn.Module, name: str, expert: int, hidden: int, form: Form = "
     for node in [n for n in parts if not n.users]:
         graph.erase_node(node)
         del parts[node]
-    return Expert(graph, tuple(parts[n] for n in graph.find_nodes(op="placeholder") if n in parts))
+    return Expert(graph, tuple(parts[n] for n in graph.find_nodes(op="placeholder") if n in parts), recorder.on_input)

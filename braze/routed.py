@@ -6,7 +6,7 @@ row to an expert's result, and from the row and the weighted sum of those to wha
 """
 
 import copy
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,21 +15,12 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from braze.one_expert import Expert, NoExpert, Part, Recorder, storage
+from braze.one_expert import Expert, NoExpert, Part, Recorder
+from braze.scouting import Choice, ids_of, scout
 from braze.unlooped import Routed
 from braze.unlooping import ChoosesNone, KeepsLoop, hidden_of, made_of, sizes, small, worthwhile
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Where a layer's forward chooses, as numbers of operations in their order: the top-k, and what makes its weights."""
-
-    top: int
-    weights: int
-    k: int
-    experts: int
 
 
 @dataclass(frozen=True)
@@ -51,68 +42,21 @@ class Layer:
     returns: tuple[bool, ...] | None
 
 
-class _Scout(TorchDispatchMode):  # type: ignore[misc]
-    """Runs a layer and notes where it chooses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = -1
-        self.found: Choice | None = None
-        self.begun = False  # whether the weights were used
-        self.ids: set[int] = set()
-        self.weights: set[int] = set()
-        self.alive: list[Any] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.count += 1
-        self.alive += [out, args]
-        name = func.overloadpacket.__name__
-        given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
-        of_ids, of_weights = (any(id(a) in known for a in given) for known in (self.ids, self.weights))
-        if name == "topk":
-            values, ids = out
-            self.ids, self.weights, self.begun = {id(ids)}, {id(values)}, False
-            self.found = Choice(self.count, self.count, ids.numel(), args[0].shape[-1])
-        elif self.found is not None and (of_ids or of_weights):
-            for part in tree_leaves(out):
-                if isinstance(part, Tensor):
-                    self._follow(name, args, part, of_ids, of_weights)
-        return out
-
-    def _follow(self, name: str, args: Any, out: Tensor, of_ids: bool, of_weights: bool) -> None:
-        assert self.found is not None
-        if not out.is_floating_point():
-            self.ids.add(id(out))
-            return
-        picked = name in ("gather", "index", "index_select", "take_along_dim")
-        if ((picked or of_ids) and of_weights) or out.numel() > self.found.k:  # a row's own weight, or a row times it
-            self.begun = self.begun or of_weights
-        elif (of_weights or (picked and of_ids)) and not self.begun:
-            self.weights.add(id(out))
-            if out.numel() == self.found.k and (name.endswith("_") or not _is_view(out, args)):
-                self.found = replace(self.found, weights=self.count)
-
-
-def _is_view(out: Tensor, args: Any) -> bool:
-    return any(isinstance(a, Tensor) and storage(a) == storage(out) for a in args)
-
-
 class _Chosen(Recorder):
-    """Records a layer whose router chooses `experts`, the first with weight 1."""
+    """Records a layer whose router chooses an expert with weight 1, and those after it with weight 0."""
 
-    def __init__(self, module: nn.Module, x: Tensor, choice: Choice, experts: Sequence[int]) -> None:
+    def __init__(self, module: nn.Module, x: Tensor, choice: Choice, expert: int) -> None:
         super().__init__(module, x)
         self.row.meta["shape"] = (1, x.shape[-1])
         self.known[id(x)] = self.reshaped(self.row, x)
-        self.choice, self.experts = choice, experts
+        self.choice, self.expert_number = choice, expert
         self.count = -1
-        self.y = self.graph.placeholder("y")
-        self.y.meta["shape"] = self.row.meta["shape"]
+        self.y, self.fed = self.graph.placeholder("y"), self.graph.placeholder("fed")  # a result; a row with its weight
+        self.y.meta["shape"] = self.fed.meta["shape"] = self.row.meta["shape"]
         self.ids: fx.Node | None = None
         self.weights: fx.Node | None = None
         self.expert: fx.Node | None = None
-        self.chosen: Tensor | None = None  # the ids
+        self.chosen: Tensor | None = None  # the k ids
         self.of_ids: set[int] = set()
         self.constants: set[int] = set()  # what was made from the weights
         self.forced: dict[int, fx.Node] = {}
@@ -123,38 +67,53 @@ class _Chosen(Recorder):
         given = [id(a) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         made = [o for o in tree_leaves(out) if isinstance(o, Tensor)]
         if self.of_ids.intersection(given):
-            self.of_ids.update(id(o) for o in made if not o.is_floating_point())
-        if self.constants.intersection(given) and not any(a in self.known for a in given):
+            alone = not any(a in self.known and a not in self.of_ids for a in given)
+            self.of_ids.update(id(o) for o in made if alone or not o.is_floating_point())
+        if self.constants.intersection(given) and not any(a in self.known or a in self.held for a in given):
             self.constants.update(map(id, made))
-        if self.count == self.choice.top:
-            self._choose(out[1])
+        if self.count in self.choice.tops:
+            self._choose(ids_of(func.overloadpacket.__name__, out), self.choice.tops.index(self.count))
+        if self.count == self.choice.ids:
+            self.chosen = next(o for o in made if not o.is_floating_point())
+            self.ids = self.known[id(self.chosen)]
         if self.count == self.choice.weights:
             self._weigh(made[0])
+        if self.count == max(self.choice.weights, self.choice.ids):
+            self._settle()
         return out
 
-    def _choose(self, ids: Tensor) -> None:
-        self.chosen, self.ids = ids, self.known[id(ids)]
-        ids.copy_(torch.tensor(self.experts, device=ids.device).reshape(ids.shape))
-        self.of_ids = {id(ids)}
+    def _choose(self, ids: Tensor, first: int) -> None:
+        experts = [(self.expert_number + first + j) % self.choice.experts for j in range(ids.numel())]
+        ids.copy_(torch.tensor(experts, device=ids.device).reshape(ids.shape))
+        self.of_ids.add(id(ids))
 
     def _weigh(self, weights: Tensor) -> None:
-        """From here on ids and weights are constants."""
+        size = self.choice.experts if self.choice.scores else self.choice.k
+        if not weights.is_floating_point() or weights.numel() != size:
+            raise NoExpert("the chosen experts' weights are in no one tensor")
         self.weights = self.known[id(weights)]
-        weights.copy_((torch.arange(weights.numel(), device=weights.device) == 0).reshape(weights.shape))
+        one = self.expert_number if self.choice.scores else 0
+        weights.copy_((torch.arange(size, device=weights.device) == one).reshape(weights.shape))
         self.constants = {id(weights)}
-        self.forced = {id(weights): self.weights, id(self.chosen): self.ids}  # type: ignore[dict-item]
-        for key in (*self.of_ids, id(weights)):
+        self.forced[id(weights)] = self.known.pop(id(weights))
+
+    def _settle(self) -> None:
+        """From here on ids and weights are constants."""
+        if self.ids is not None:
+            self.forced[id(self.chosen)] = self.ids
+        for key in self.of_ids:
             self.known.pop(key, None)
 
-    def _same(self, name: str, args: Any, out: Any) -> fx.Node | None:
-        if name in ("mul", "mul_"):
-            for a, b in (args[:2], args[1::-1]):
-                if id(b) in self.constants and id(a) in self.known and self._is_constant(b, 1.0):
-                    return self._result(self.known[id(a)], a)
-        return super()._same(name, args, out)
+    def _weighted(self, node: fx.Node, b: Any) -> fx.Node:
+        if id(b) not in self.constants:
+            return node
+        if not self.is_row(node):
+            return self._result(node)
+        self.on_input = True
+        return self.fed
 
-    def _result(self, node: fx.Node, value: Tensor) -> fx.Node:
-        if self.expert is not None or value.numel() != self.y.meta["shape"][1]:
+    def _result(self, node: fx.Node) -> fx.Node:
+        if self.expert is not None or self.on_input or math.prod(node.meta["shape"]) != self.width:
             raise NoExpert("a weight is multiplied by more than one expert's result")
         self.expert = node
         return self.y
@@ -167,41 +126,70 @@ class _Chosen(Recorder):
         return self.reshaped(node, value.reshape(1, -1))
 
 
-def scout(module: nn.Module, hidden: int) -> tuple[Choice, Tensor] | None:
+def scouted(module: nn.Module, hidden: int) -> tuple[Choice, Tensor] | None:
     """Where the layer chooses, and the token [1, H] or [1, 1, H] that its forward takes; None where it does not run so."""
     like = next(module.parameters())
     row = torch.randn(1, hidden, generator=torch.Generator().manual_seed(0)).to(like)
     for x in (row[None], row):
         try:
-            with torch.no_grad(), _Scout() as found:
-                type(module).forward(module, x)
+            return scout(lambda x=x: type(module).forward(module, x)), x  # type: ignore[misc]
         except (RuntimeError, IndexError, ValueError, TypeError, KeyError, AttributeError):
             continue
-        if found.found is None:
-            raise NoExpert("it has no top-k")
-        return found.found, x
     return None
 
 
 def trace(module: nn.Module, x: Tensor, choice: Choice, expert: int) -> Layer:
     """The layer's code, its expert the given one. NoExpert, or the module's own error, where there is none."""
-    experts = [(expert + j) % choice.experts for j in range(choice.k)]
     x = x.clone()
-    with torch.no_grad(), _Chosen(module, x, choice, experts) as found:
+    with torch.no_grad(), _Chosen(module, x, choice, expert) as found:
         out = type(module).forward(module, x)
-    if found.expert is None or found.ids is None or found.weights is None:
+    if (found.expert is None and not found.on_input) or found.ids is None or found.weights is None:
         raise NoExpert("no weight is multiplied by an expert's result")
     if not isinstance(out, Tensor) and not (
         isinstance(out, tuple) and all(o is None or isinstance(o, Tensor) for o in out)
     ):
         raise NoExpert(f"it returns a {type(out).__name__}, not a tensor or a tuple of tensors")
     results = tuple(map(found.returned, _tensors(out)))
+    if found.on_input:
+        found.expert = _of_fed(found)
     parts = {node: part for part, node in found.taken.items()}
-    router = _cut([found.row], (found.ids, found.weights), parts)
-    one = _cut([found.row], found.reshaped(found.expert, torch.empty(found.row.meta["shape"])), parts)
+    router = _cut([found.row], (found.ids, _weights(found)), parts)
+    assert found.expert is not None
+    result = found.reshaped(found.expert, torch.empty(found.row.meta["shape"]))
+    one = _cut([found.fed if found.on_input else found.row], result, parts)
+    if found.on_input:
+        found.expert.replace_all_uses_with(found.y)
+        results = tuple(found.y if r is found.expert else r for r in results)
     after = _cut([found.row, found.y], results, parts)
     returns = None if isinstance(out, Tensor) else tuple(o is not None for o in out)
-    return Layer(router, Expert(one.graph, one.parts), after, returns)
+    return Layer(router, Expert(one.graph, one.parts, found.on_input), after, returns)
+
+
+def _of_fed(found: _Chosen) -> fx.Node:
+    """The last that follows from the row with its weight and from the row in no other way."""
+    fed, other = {found.fed}, {found.row}
+    last: fx.Node | None = None
+    for node in found.graph.nodes:
+        for known in (fed, other):
+            if known.intersection(node.all_input_nodes):
+                known.add(node)
+        if node in fed and node not in other and node.meta.get("shape") == found.row.meta["shape"]:
+            last = node
+    if last is None or last is found.fed:
+        raise NoExpert("no expert takes what a weight was multiplied by")
+    return last
+
+
+def _weights(found: _Chosen) -> fx.Node:
+    """The weights of the chosen experts."""
+    assert found.weights is not None and found.ids is not None
+    if not found.choice.scores:
+        return found.weights
+    like = torch.empty(1, found.choice.experts)
+    scores, ids = found.reshaped(found.weights, like), found.reshaped(found.ids, like[:, : found.choice.k])
+    made = found.graph.call_function(aten.gather.default, (scores, 1, ids))
+    made.meta["shape"] = ids.meta["shape"]
+    return made
 
 
 def _tensors(out: Any) -> list[Tensor]:
@@ -294,6 +282,8 @@ def _built(module: nn.Module) -> tuple[Routed, Choice]:
     first = layers[0]
     router, after = (fx.GraphModule(nn.Module(), code.graph) for code in (first.router, first.after))
     experts = made_of(module, "forward", [layer.expert for layer in layers])
+    if experts.on_input and not experts.stacked and choice.kind != "topk":
+        raise KeepsLoop("weights multiply the input of experts that no top-k chose, which may be chosen twice")
     kind = x.ndim, x.dtype
     return Routed(module, router, first.router.parts, experts, after, first.after.parts, first.returns, kind), choice
 
@@ -301,7 +291,7 @@ def _built(module: nn.Module) -> tuple[Routed, Choice]:
 def _scouted(module: nn.Module) -> tuple[Choice, Tensor]:
     for hidden in sizes(module):
         try:
-            found = scout(module, hidden)
+            found = scouted(module, hidden)
         except NoExpert as error:
             raise ChoosesNone(str(error)) from error
         if found is not None:
@@ -333,8 +323,13 @@ def _compared_as(module: nn.Module, made: Routed, choice: Choice) -> Routed:
         raise KeepsLoop("its forward sets attributes")
     wanted = _tensors(expected)
     made = replace(made, batched=tuple(_batched(t, x) for t in wanted))
-    with torch.no_grad():
-        got = _tensors(made.of(module).compute(x))
+    try:
+        with torch.no_grad():
+            got = _tensors(made.of(module).compute(x))
+    except (RuntimeError, IndexError) as e:
+        if module is not made.module and isinstance(e, RuntimeError):
+            raise
+        raise KeepsLoop(f"its code for one token does not run on many: {str(e).splitlines()[0]}") from e
     for a, b in zip(got, wanted, strict=True):
         error = _difference(a, b)
         if (a.shape, a.dtype) != (b.shape, b.dtype) or not error <= _tolerance(like.dtype, narrow.seen):

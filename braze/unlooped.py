@@ -3,6 +3,8 @@
     out[t] = sum_j w[t, j] F_ids[t, j](x[t])            rows that gather their experts' parts of stacked parameters, or
     out[t] = sum_e (sum_j [ids[t, j] = e] w[t, j]) F_e(x[t])        expert by expert, where each has parameters of its own
 
+and with F(w x) for w F(x) where the weight is on the expert's input.
+
 A compiled graph holds either, and the passes make one call of it; neither copies a parameter.
 """
 
@@ -33,6 +35,7 @@ class Unlooped:
     one: what an expert does, (row [1, H], *parts) -> [1, H]. parts: of each expert; read at each call, so that none goes stale.
     stacked: whether a part of all experts is one parameter [experts, ...]. rest: what experts without parts do, which come
     after those. by_mask: whether a mask [T, k, experts] stands for the ids.
+    on_input: whether the weight multiplies x; F(0) is 0 then, and a token's ids differ unless experts are stacked.
     batched_result: whether the result is [x.shape[0], ., H] whatever x was.
 
     Called outside of a compiled graph, and where gradients are recorded, it is the loop: a graph that keeps intermediates for a
@@ -47,6 +50,7 @@ class Unlooped:
     past: Past = "fails"
     rest: fx.GraphModule | None = None
     by_mask: bool = False
+    on_input: bool = False
     batched_result: bool = False
     #: Whether `one` takes one row at a time, since it views it in other shapes; told once, not in a graph.
     row_wise: bool = field(init=False)
@@ -101,16 +105,21 @@ class Unlooped:
             here = ids < self.experts
             ids, weights = torch.where(here, ids, 0), torch.where(here, weights, 0.0)
         which = ids.flatten()
-        rows = x.repeat_interleave(slots, 0).unsqueeze(1)
+        rows, own = x.repeat_interleave(slots, 0), weights.flatten().unsqueeze(1)
+        if self.on_input:
+            rows = (rows * own).to(x.dtype)
+        rows = rows.unsqueeze(1)
         y: Tensor = torch.vmap(self.one)(rows, *(s[which] for s in stacks)).reshape(-1, x.shape[-1])
-        return (y * weights.flatten().unsqueeze(1)).view(tokens, slots, -1).sum(1)
+        return (y if self.on_input else y * own).view(tokens, slots, -1).sum(1)
 
     def _in_turn(self, x: Tensor, ids: Tensor, weights: Tensor, lists: Sequence[Sequence[Tensor]]) -> Tensor:
         out = torch.zeros_like(x)
         per_row = torch.vmap(self.one, in_dims=(0, *(None for _ in self.parts[0])))
         for e, parts in enumerate(zip(*lists, strict=True)):
-            y = per_row(x.unsqueeze(1), *parts).squeeze(1) if self.row_wise else self.one(x, *parts)
-            out = out + y * torch.where(ids == e, weights, 0.0).sum(1, keepdim=True)
+            own = torch.where(ids == e, weights, 0.0).sum(1, keepdim=True)
+            rows = (x * own).to(x.dtype) if self.on_input else x
+            y = per_row(rows.unsqueeze(1), *parts).squeeze(1) if self.row_wise else self.one(rows, *parts)
+            out = out + (y if self.on_input else y * own)
         return out
 
 

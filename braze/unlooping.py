@@ -73,7 +73,10 @@ def _unlooped(module: nn.Module, method: str, form: Form) -> Unlooped:
             raise KeepsLoop(f"expert {e} does not compute what expert 0 does")
         experts.append(found)
     others = None if rest is None else fx.GraphModule(nn.Module(), rest.code)
-    return worthwhile(_compared(made_of(module, method, experts, past, others, form == "mask")))
+    made = made_of(module, method, experts, past, others, form == "mask")
+    if made.on_input and not made.stacked:
+        raise KeepsLoop("weights multiply the input of experts with parameters of their own, which ids may name twice")
+    return worthwhile(_compared(made))
 
 
 def made_of(
@@ -85,9 +88,8 @@ def made_of(
     by_mask: bool = False,
 ) -> Unlooped:
     parts = tuple(e.parts for e in experts)
-    return Unlooped(
-        module, method, fx.GraphModule(nn.Module(), experts[0].code), parts, _stacked(parts), past, rest, by_mask
-    )
+    one = fx.GraphModule(nn.Module(), experts[0].code)
+    return Unlooped(module, method, one, parts, _stacked(parts), past, rest, by_mask, experts[0].on_input)
 
 
 def worthwhile(made: Unlooped) -> Unlooped:
@@ -111,8 +113,10 @@ def _unfused(made: Unlooped) -> str | None:
     given = nn.functional.one_hot(ids, made.experts) if made.by_mask else ids
     parameters = tree_map(Tensor.detach, made.parameters())
 
-    def body(*given: Any) -> Tensor:
-        return made.compute(*given)
+    def body(x: Tensor, ids: Tensor, *given: Any) -> Tensor:
+        if made.on_input:  # which needs ids that differ
+            ids = x[:, : made.experts].topk(min(2, made.experts))[1]
+        return made.compute(x, ids, *given)
 
     trace_ = make_fx(body, decomposition_table=dict(inductor.decompositions()), tracing_mode="fake")
     with torch.no_grad():

@@ -154,8 +154,12 @@ def _as_ids(sources: Sequence[fx.Node], slots: int) -> fx.Node:
 
 
 def is_top_k(node: fx.Node) -> bool:
-    """Whether a row's integers are different, as a top-k's indices are."""
+    """Whether a row's integers are different, as a top-k's indices are, in a view of other rows too."""
     source = node.args[0] if node.args else None
+    while node.target is aten.reshape.default and isinstance(source, fx.Node):
+        if source.meta["val"].shape[-1:] != node.meta["val"].shape[-1:]:
+            return False
+        node, source = source, source.args[0] if source.args else None
     return isinstance(source, fx.Node) and source.target is aten.topk.default
 
 

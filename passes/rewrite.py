@@ -66,9 +66,7 @@ def _rewrite_router(site: RouterSite) -> fx.Node:
     squeezed = site.ids.meta["val"].ndim < values[1].ndim
     _check_like(values[0], site.weights.meta["val"])
     _check_like(values[1].squeeze(-1) if squeezed else values[1], site.ids.meta["val"])
-    top_k = site.ids.args[0]
-    assert isinstance(top_k, fx.Node)
-    with graph.inserting_before(top_k):
+    with graph.inserting_before(chooser_of(site.ids)):
         call = graph.call_function(target, args, kwargs)
         results = [graph.call_function(operator.getitem, (call, i)) for i in range(2)]
         for node, value in zip((call, *results), (values, *values), strict=True):
@@ -79,6 +77,15 @@ def _rewrite_router(site: RouterSite) -> fx.Node:
     site.weights.replace_all_uses_with(results[0])
     site.ids.replace_all_uses_with(results[1])
     return call
+
+
+def chooser_of(ids: fx.Node) -> fx.Node:
+    """What chooses: the node of several results that the ids are one of, or the first ones of; or the ids themselves."""
+    if ids.target is aten.argmax.default:
+        return ids
+    source = ids.args[0]
+    assert isinstance(source, fx.Node)
+    return chooser_of(source) if ids.target is aten.slice.Tensor else source
 
 
 def share(calls: Sequence[fx.Node]) -> None:

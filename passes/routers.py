@@ -18,12 +18,15 @@ from braze.passes import small
 from braze.passes.elements import Sizes, Unknown
 from braze.passes.probes import Probe, agree, epsilons, probes, results, sample
 from braze.passes.products import is_product
+from braze.passes.rewrite import chooser_of
 from braze.passes.sites import NearMiss, RouterSite, source_line
 from braze.passes.twins import subgraph
 
 aten = torch.ops.aten
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.baddbmm.default, aten.linear.default)
-_TOP_K = (aten.topk.default, aten.max.dim)
+#: Of a sort, which has the largest first, only the first results are the chosen ones.
+_SORTS = (aten.sort.default, aten.sort.stable)
+_TOP_K = (aten.topk.default, aten.max.dim, aten.argmax.default, *_SORTS)
 #: More nodes than this between logits and ids are no router.
 MAX_NODES = 256
 MAX_WEIGHTS = 8
@@ -103,14 +106,29 @@ def _chosen(ids: fx.Node) -> fx.Node:
     """The top-k's indices behind the ids, through whatever is done to them since."""
     node = ids
     for _ in range(MAX_NODES):
-        source = node.args[0] if node.args else None
-        if node.target is operator.getitem and isinstance(source, fx.Node) and source.target in _TOP_K:
+        if _is_chosen(node):
             return node
         behind = [n for n in node.all_input_nodes if _is_index(n)]
         if node.op != "call_function" or len(behind) != 1 or node.target is aten.index.Tensor:
             break
         node = behind[0]
     raise NoRouter(f"the experts' ids {ids.name} come from {node.name}, no top-k")
+
+
+def _is_chosen(node: fx.Node) -> bool:
+    """Whether a node has the indices of a top-k, or of a row's largest elements by another name."""
+    source = node.args[0] if node.args else None
+    if node.target is aten.argmax.default:
+        return _of_rows(node, source)
+    if node.target is aten.slice.Tensor and isinstance(source, fx.Node) and source.target is operator.getitem:
+        top = chooser_of(source)
+        dim, last = node.args[1], top.meta["val"][0].ndim - 1 if top.target in _SORTS else None
+        return last is not None and dim in (-1, last)
+    return node.target is operator.getitem and isinstance(source, fx.Node) and source.target in _TOP_K[:2]
+
+
+def _of_rows(node: fx.Node, scores: Any) -> bool:
+    return len(node.args) > 1 and node.args[1] in (-1, scores.meta["val"].ndim - 1)
 
 
 def _is_index(node: fx.Node) -> bool:
@@ -143,8 +161,8 @@ def _rows(ids: fx.Node, sizes: Sizes) -> tuple[int, ...]:
 
 def _squeezed(ids: fx.Node) -> bool:
     """Whether the ids are those of a largest element without a dimension for it."""
-    top = _top(ids)
-    return top.target is aten.max.dim and not (len(top.args) > 2 and top.args[2])
+    top = chooser_of(ids)
+    return top.target in (aten.max.dim, aten.argmax.default) and not (len(top.args) > 2 and top.args[2])
 
 
 def _is_product(node: fx.Node) -> bool:
@@ -153,7 +171,7 @@ def _is_product(node: fx.Node) -> bool:
 
 def _logits(weights: fx.Node, ids: fx.Node, sizes: Sizes) -> list[fx.Node]:
     """What may be the logits: matrices of one row a token and a column an expert, the earliest first."""
-    top = _top(ids)
+    top = chooser_of(ids)
     experts = _experts(ids, sizes)
     found: set[fx.Node] = set()
     seen: set[fx.Node] = set()
@@ -172,16 +190,9 @@ def _logits(weights: fx.Node, ids: fx.Node, sizes: Sizes) -> list[fx.Node]:
     return sorted(found)
 
 
-def _top(picked: fx.Node) -> fx.Node:
-    """The node of several results that `picked` is one of."""
-    source = picked.args[0]
-    assert isinstance(source, fx.Node)
-    return source
-
-
 def _experts(ids: fx.Node, sizes: Sizes) -> int:
     """Among how many experts the top-k chooses."""
-    return _width(_top(ids).args[0], sizes)
+    return _width(chooser_of(ids).args[0], sizes)
 
 
 def _width(node: Any, sizes: Sizes) -> int:
@@ -287,7 +298,7 @@ def _groupings(cut: Cut, top_k: int, sizes: Sizes) -> Iterator[tuple[int, int, A
     yield 1, 1, "max", "out"
     tensors = [n for n in cut.inner if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].ndim > 1]
     counts = {s[-2] for s in map(sizes.shape, tensors) if len(s) > 2 and s[-1] > 1 and s[-2] * s[-1] == experts}
-    opened = {_width(n, sizes) for n in tensors if n.target is operator.getitem and _top(n).target in _TOP_K}
+    opened = {_width(n, sizes) for n in tensors if n.target is operator.getitem and chooser_of(n).target in _TOP_K}
     for groups in sorted(counts - {1}):
         for top_groups in sorted(o for o in opened | {1} if o < groups):
             for group_score in ("top2", "max"):

@@ -245,7 +245,6 @@ class OtherOrder(Stacked):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (WeightBefore, "constant"),
         (OtherOrder, "in no order"),
         (LastOdd, "expert 4 does not compute"),
         (Busy, "result is another"),

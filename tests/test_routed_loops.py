@@ -351,13 +351,6 @@ class AddedUp(Layer):
         return out
 
 
-class OnInput(AddedUp):
-    """The weight multiplies what goes into an expert."""
-
-    def one(self, e: int, rows: Tensor, own: Tensor, x: Tensor) -> Tensor:
-        return self.experts[e](rows * own)  # type: ignore[no-any-return]
-
-
 class Clamps(Masked):
     """Looks at the token before the experts."""
 
@@ -385,7 +378,6 @@ class Different(AddedUp):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (OnInput, ""),
         (Clamps, "reads a number"),
         (OfAll, "not recognised"),
         (Different, "expert 3 does not compute"),
