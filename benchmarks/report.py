@@ -139,8 +139,8 @@ def rope(cells: Rows) -> str:
             "## RoPE on an H100\n",
             "`benchmarks/rope.py`: projections' output to the layout that attention wants, 32 and 8 heads, bfloat16, CUDA",
             "graphs over inputs larger than L2. Copy clones q and k; Liger-Kernel rotates in place, and norms by kernels of",
-            "their own. In place: the kernel over its inputs, as compiled graphs have it where a projection made them; a",
-            "graph's own inputs, as here, are not written over.\n",
+            "their own; all in turn. In place: the kernel over its inputs, as compiled graphs have it where a projection made",
+            "them; a graph's own inputs, as here, are not written over.\n",
             f"- against stock torch.compile: {mean([c['speedup'] for c in ours])}",
             f"- against a copy, from 4096 tokens: {mean([c['ratio'] for c in many])}",
             *([f"- against Liger-Kernel: {mean(against)}"] if against else []),
@@ -294,6 +294,30 @@ def layers(cells: Rows) -> str:
     )
 
 
+def mlp(cells: Rows) -> str:
+    """Dense MLPs of one token on a GPU."""
+    others = (("stock", "stock torch.compile"), ("tuned", "max-autotune"))
+    rows = [
+        (
+            c["shape"], f"{c['braze']:.1f}", *(f"{c[way]:.1f} ({c[way] / c['braze']:.2f})" for way, _ in others),
+            f"{c['floor'] / c['braze']:.2f}",
+        )
+        for c in cells
+    ]  # fmt: skip
+    return "\n".join(
+        (
+            "## A dense MLP of one token on an H100\n",
+            "`benchmarks/mlp.py`: one run, replays of CUDA graphs in turn, bfloat16; in brackets the time over braze's. Tuned:",
+            "torch.compile with max-autotune, to which braze leaves these products where it is on. The floor reads each weight",
+            "once.\n",
+            *(f"- against {name}: {mean([c[way] / c['braze'] for c in cells])}" for way, name in others),
+            "",
+            table(("MLP", "braze us", "stock us", "tuned us", "of floor"), rows),
+            "",
+        )
+    )
+
+
 def compile_time(cells: Rows) -> str:
     """What the passes add to a first call."""
     rows = [
@@ -329,6 +353,7 @@ SECTIONS: Mapping[str, Callable[[Any], str]] = {
     "moe_stored_h100": stored,
     "untuned_h100": untuned,
     "layers_h100": layers,
+    "mlp_h100": mlp,
     "rope_h100": rope,
     "rope_cpu": rope_cpu,
     "cpu": partial(cpu, machine="two cores of an AMD EPYC with AVX-512"),
