@@ -91,8 +91,8 @@ class _Choosers(TorchDispatchMode):  # type: ignore[misc]
 
 def _choice(found: list[_Chooser]) -> Choice:
     """Of what may choose, what does; its ids are not known to be together yet."""
-    for names in (("topk",), ("sort",)):
-        of_kind = [c for c in found if c.name in names and c.taken]
+    for name in ("topk", "sort"):
+        of_kind = [c for c in found if c.name == name and c.taken]
         if of_kind:
             last = of_kind[-1]
             return Choice((last.at,), last.at, last.at, last.taken, last.experts, kind=last.name)

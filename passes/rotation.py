@@ -168,9 +168,8 @@ def _coefficient(tap: tuple[float, Expr | None], sign: float, looked: Elements) 
     if inner.op != "neg":
         return constant * sign, atom
     for node, idx in trail(atom.args[0], atom.args[1], looked) if atom.op == "load" else ():
-        if (
-            node.target is aten.neg.default
-        ):  # its operand as it is: views of it are looked through with those of the others
+        if node.target is aten.neg.default:
+            # Its operand as it is: views of it are looked through with those of the others.
             return -constant * sign, looked.load(tensor_of(node.args[0]), idx)
     return -constant * sign, inner.args[0]
 

@@ -58,11 +58,12 @@ def supports(
     spec: MoeSpec,
 ) -> str | None:
     """Why `run` can't take these tensors (fake ones too), in words; None where it can. Shapes as for `run`."""
-    if ids.dtype not in (torch.int32, torch.int64):
+    reason = refusal(x, w1, w2, b1, b2, spec)
+    if reason is None and ids.dtype not in (torch.int32, torch.int64):
         return f"ids in {ids.dtype}"
-    if weights.dtype not in DTYPES:
+    if reason is None and weights.dtype not in DTYPES:
         return f"router weights in {weights.dtype}"
-    return refusal(x, w1, w2, b1, b2, spec)
+    return reason
 
 
 def refusal(
