@@ -88,7 +88,7 @@ class Layer(torch.nn.Module):
             self.register_module(kind, torch.nn.ParameterList(tensors))
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        lists = [*self.w1], [*self.w2], [*self.b1], [*self.b2]  # type: ignore[misc]
+        lists = [[kind[i] for i in range(len(kind))] for kind in (self.w1, self.w2, self.b1, self.b2)]
         return torch.ops.braze.moe_separate(x * 2, ids, weights, *lists) + 1  # type: ignore[no-any-return]
 
     def exact(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
