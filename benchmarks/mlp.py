@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from braze.tune import graph_times
+from braze.tune import L2_BYTES, graph_times
 
 SHAPES = {  # hidden, inner
     "llama3_8b": (4096, 14336),
@@ -31,7 +31,6 @@ SHAPES = {  # hidden, inner
     "deepseek_v3 shared": (7168, 2048),
     "qwen3_next shared": (2048, 512),
 }
-L2_BYTES = 50 * 2**20
 BANDWIDTH = 3.35e12  # bytes a second
 
 

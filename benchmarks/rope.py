@@ -31,10 +31,10 @@ from braze.backend import collect
 from braze.kernels.spec import RopeSpec
 from braze.kernels.triton import rope as triton_rope
 from braze.kernels.turning import Norm
+from braze.tune import L2_BYTES, captured, replay_time
 
 Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
 Function = Callable[..., Any]
-L2_BYTES = 50 * 2**20
 EPS = 1e-6
 LAYERS = 8
 #: What is timed unless --providers says otherwise.
@@ -232,32 +232,13 @@ def check(name: str, function: Function, variant: Variant, inputs: tuple[Tensor,
         assert error < 1.2e-2, (variant.name, name, error)
 
 
-def graph_of(function: Function, sets: list[tuple[Tensor, ...]]) -> torch.cuda.CUDAGraph:
-    """A graph that calls the function on each set."""
-    with torch.cuda.stream(torch.cuda.Stream()):
-        for inputs in sets[:2]:
-            function(*inputs)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for inputs in sets:
-            function(*inputs)
-    graph.replay()
-    return graph
-
-
 def gpu_times(functions: list[Function], sets: list[tuple[Tensor, ...]], repeats: int) -> list[list[float]]:
     """Microseconds a call: for each function, the times of rounds that replay every function's graph once."""
-    graphs = [graph_of(f, sets) for f in functions]
+    graphs = [captured(f, sets) for f in functions]
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats):
         for graph, taken in zip(graphs, times, strict=True):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            taken.append(start.elapsed_time(end) * 1e3 / len(sets))
+            taken.append(replay_time(graph) / len(sets))
     return times
 
 

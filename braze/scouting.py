@@ -5,7 +5,7 @@ the other. Its weights are the last values of a slot each that follow from the c
 or the last scores of an expert each (those not chosen are zero), where only these are normalised.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,18 +91,15 @@ class _Choosers(TorchDispatchMode):  # type: ignore[misc]
 
 def _choice(found: list[_Chooser]) -> Choice:
     """Of what may choose, what does; its ids are not known to be together yet."""
-    for name in ("topk", "sort"):
-        of_kind = [c for c in found if c.name == name and c.taken]
-        if of_kind:
-            last = of_kind[-1]
-            return Choice((last.at,), last.at, last.at, last.taken, last.experts, kind=last.name)
-    firsts = [c for c in found if c.name in _FIRST and c.taken]
-    firsts = [c for c in firsts if c.experts == firsts[-1].experts]
-    if not firsts:
-        raise NoExpert("it has no top-k")
-    return Choice(
-        tuple(c.at for c in firsts), firsts[-1].at, firsts[-1].at, len(firsts), firsts[-1].experts, kind="max"
-    )
+    taken = [c for c in found if c.taken]
+    firsts = [c for c in taken if c.name in _FIRST]
+    ways = {name: [c for c in taken if c.name == name][-1:] for name in ("topk", "sort")}
+    ways["max"] = [c for c in firsts if c.experts == firsts[-1].experts]
+    for kind, tops in ways.items():
+        if tops:
+            last, k = tops[-1], sum(c.taken for c in tops)
+            return Choice(tuple(c.at for c in tops), last.at, last.at, k, last.experts, kind=kind)
+    raise NoExpert("it has no top-k")
 
 
 class _Scout(TorchDispatchMode):  # type: ignore[misc]
@@ -170,7 +167,7 @@ def _is_view(out: Tensor, args: Iterable[Any]) -> bool:
     return any(isinstance(a, Tensor) and storage(a) == storage(out) for a in args)
 
 
-def scout(run: Any) -> Choice:
+def scout(run: Callable[[], object]) -> Choice:
     """Where the layer that `run` runs chooses; NoExpert where it does not."""
     with torch.no_grad(), _Choosers() as choosers:
         run()

@@ -122,11 +122,8 @@ def root_of(down: fx.Node, inside: Collection[fx.Node], reads: Callable[[fx.Node
             expr = _linear(element.at(node, tuple(s - 1 for s in shape)), element, {})
             met = {e.args[0] for e in leaves([expr]) if is_plain(e.args[0])}
             terms = _terms(expr, memo, rows, ev)
-        except ForeignTerm as e:
-            found.products |= e.masked
-            found.reason = str(e)
-            break
         except (NoLoop, Unknown, TooLarge, RecursionError) as e:
+            found.products |= e.masked if isinstance(e, ForeignTerm) else set()
             found.reason = str(e)
             break
         found.products |= met

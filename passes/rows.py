@@ -60,8 +60,10 @@ def second_side(pair: Pair, term: Term, ev: Elements) -> products.Side:
     side = products.weight_side(pair.second, term.idx, pair.second_left, ev, term.start, term.step)
     if side is None:
         raise NoExperts("the second product's weights are no [experts, ., .] tensor, indexed plainly")
+    if isinstance(side.expert, Expr):
+        return side
     seen = products.weight_side(pair.second, term.idx, pair.second_left, ev, term.start, term.step, cast=True)
-    if seen is not None and isinstance(seen.expert, Expr) and not isinstance(side.expert, Expr):
+    if seen is not None and isinstance(seen.expert, Expr):
         raise NoExperts(
             "the weights are cast after they are picked, as autocast does: kernels read them where they lie"
         )

@@ -1,6 +1,5 @@
 """Routers that choose without a top-k: by a sort whose first results are taken, or by the largest score."""
 
-import copy
 import logging
 
 import pytest
@@ -9,8 +8,7 @@ from torch import Tensor
 
 from braze.loops import without_loops
 from tests.harness import Fused, assert_close
-from tests.test_routed_loops import Layer, Masked
-from tests.test_routed_loops import tokens as rows
+from tests.test_routed_loops import Layer, Masked, taken_out
 from tests.test_router_sites import K, Router, inputs, layer
 
 
@@ -117,15 +115,7 @@ class InTurn(Masked):
 
 @pytest.mark.parametrize(("kind", "routers"), [(BySort, 1), (ByMax, 1), (ByArgmax, 1), (InTurn, 0)])
 def test_loops_with_such_a_router_are_taken_out(kind: type[Layer], routers: int) -> None:
-    model = kind().eval()
-    exact = copy.deepcopy(model).double()
-    without_loops(model)
-    fused = Fused(model, dynamic=False)
-    x = rows(Masked)
-    with torch.no_grad():
-        assert_close(fused(x), exact(x.double()), 2e-6)
-    assert fused.count("moe") == [1], fused.reasons
-    assert fused.count("router") == [routers], fused.reasons
+    taken_out(kind, routers)
 
 
 class Threshold(Masked):
