@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from braze.kernels.spec import MoeSpec
-from braze.kernels.triton import compat
+from braze.kernels.triton import mlp as triton_mlp
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton.choose_config import choose_config
 from braze.kernels.triton.weights import Shared, Weights
@@ -44,9 +44,8 @@ def find(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> dict[fx.Node, J
     """For each call of experts or a dense MLP that are added up and can be one: the two."""
     if {forced.get("moe", "auto"), forced.get("mlp", "auto")} - {"auto", "triton"}:
         return {}
-    joins = [
-        j for c in calls if c.target is _MLP and (j := _sum(c)) is not None and _fits(j, forced.get("moe", "auto"))
-    ]
+    ones = [c for c in calls if c.target is _MLP and triton_mlp.few(c.meta["val"])]
+    joins = [j for c in ones if (j := _sum(c)) is not None and _fits(j, forced.get("moe", "auto"))]
     return {call: j for j in joins for call in (j.moe, j.mlp)}
 
 
@@ -111,11 +110,9 @@ def _fits(join: Join, forced: str) -> bool:
     x, ids, _, first, second, spec = _experts(join.moe, _known)
     mlp: Any = join.mlp.kwargs
     other = MoeSpec(**mlp)
-    biases = [
-        b for call, at in ((join.moe, 5 if join.moe.target is _MOE else 6), (join.mlp, 3)) for b in call.args[at:]
-    ]
+    biases = [*join.moe.args[5 if join.moe.target is _MOE else 6 :], *join.mlp.args[3:]]
     alike = (spec.activation, spec.layout) == (other.activation, other.layout) and spec.layout == "halves"
-    if kernel != "triton" or not alike or any(biases) or x.shape[0] != 1 or compat.platform(x.device) != "cuda":
+    if kernel != "triton" or not alike or any(biases):
         return False
     shared = _shared(join, _known)
     if spec.transposed:
@@ -126,7 +123,8 @@ def _fits(join: Join, forced: str) -> bool:
     size = x.element_size()
     sizes = [inner, *(s for t in tensors for s in (t.storage_offset(), *t.stride()[:-1]))]
     return (
-        all(t.dtype == x.dtype and t.stride(-1) == 1 for t in tensors)
+        join.total.meta["val"].dtype in triton_moe.DTYPES
+        and all(t.dtype == x.dtype and t.stride(-1) == 1 for t in tensors)
         and shared.gate.stride(0) == shared.up.stride(0) == first.each.stride(1)
         and wide % inner == 0
         and ids.shape[1] + wide // inner <= MOST
