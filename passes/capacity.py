@@ -37,7 +37,8 @@ class Mixed:
 def site(pair: Pair, ev: Elements) -> MoeSite | None:
     """The site of a pair whose rows are gathered and added up by products; None where they are not; NoExperts where the
     products are no such masks."""
-    gather, mixed = _gather(pair, ev), _mixed(pair, ev)
+    gather = _gather(pair, ev)
+    mixed = None if gather is None else _mixed(pair, ev)
     if gather is None or mixed is None:
         return None
     root = output_of(mixed.node, ev)

@@ -9,6 +9,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.nn.functional import silu
 
 from braze import xpu_sim
+from braze.kernels.triton import compat
 from braze.lowering import inductor
 from tests.harness import assert_close
 
@@ -48,3 +49,10 @@ def test_definitions(overlaps: bool, made: bool, monkeypatch: pytest.MonkeyPatch
     named = {k.rstrip("0123456789").rstrip("_") for k in kernels}
     expected = {"route_kernel"} | ({"moe_gemm", "moe_combine"} if not made else set())
     assert named == (expected if overlaps else set()), kernels
+
+
+def test_not_where_inductors_own_launches_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "overlaps_launches", lambda device: True)
+    assert inductor.overlaps_launches(torch.device("cuda"))
+    with torch._inductor.config.patch({"triton.enable_pdl": True}):
+        assert not inductor.overlaps_launches(torch.device("cuda"))
