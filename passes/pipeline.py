@@ -121,7 +121,7 @@ def _find(
     graph: fx.Graph, disable: Collection[Kind], strict: bool, result: Result, proven: Callable[[Site | NormSite], None]
 ) -> None:
     if "moe" not in disable:
-        _guarded(partial(splits.group, graph), "products of split rows", 0, strict, result)
+        result.near_misses += _guarded(partial(splits.group, graph), "products of split rows", [], strict, result)
     prove = Proofs(graph, proven)
     for kind, find in _RECOGNISERS:
         if kind in disable:
