@@ -150,6 +150,8 @@ def choose_route(call: fx.Node, forced: str) -> tuple[str, str]:
     refusal = kernel.supports(logits, bias, RouteSpec(**attributes))
     if refusal is not None:
         return "aten", f"{composed}; the {name} kernel does not take this ({refusal})"
+    if kernel is triton_route and gate.behind(call) is not None:
+        why = "a launch for the product of few tokens, and one from logits to weights and ids"
     return name, "asked for" if forced == name else why
 
 

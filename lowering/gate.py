@@ -1,4 +1,5 @@
-"""A router's call on CPU with few tokens takes the product that made its logits: one C++ call from x to weights and ids.
+"""A router's product with few tokens: on CPU a part of the router's C++ call, from x to weights and ids; on CUDA a launch of
+its own, which Inductor's product, or two with their widened copies, takes longer than.
 
 Widening is exact, so x and the weight are read as they are stored where the graph widens them before the product.
 """
@@ -12,6 +13,8 @@ from torch import Tensor, fx
 
 from braze.kernels.cpp import gate
 from braze.kernels.spec import RouteSpec
+from braze.kernels.triton import compat
+from braze.kernels.triton import gate as triton_gate
 from braze.lowering import inductor
 from braze.lowering.inline import inline_all
 
@@ -21,31 +24,36 @@ _CAST = torch.ops.prims.convert_element_type.default
 
 @dataclass(frozen=True)
 class Gate:
-    """logits = x [T, H] @ w [E, H].T (+ b [E]), which nothing but the router reads."""
+    """product = x [T, H] @ w [E, H].T (+ b [E]), a router's logits."""
 
+    product: fx.Node
     x: fx.Node
     w: fx.Node
     b: fx.Node | None
 
 
 def behind(call: fx.Node) -> Gate | None:
-    """The product behind a `braze::route` call, if the kernel takes both."""
-    found = _product(call)
-    if found is None:
-        return None
+    """The product behind a `braze::route` call, if a kernel takes it; on CPU nothing else may read it."""
     logits, bias = _arguments(call)
-    if logits.meta["val"].device.type != "cpu":
+    kind = compat.platform(logits.meta["val"].device)
+    found = _product(call, alone=kind == "cpu")
+    if found is None or kind not in ("cpu", "cuda"):
         return None
+    x, w = found.x.meta["val"], found.w.meta["val"]
     b, choice = (None if n is None else n.meta["val"] for n in (found.b, bias))
     attributes: Any = call.kwargs
-    refusal = gate.supports(
-        found.x.meta["val"], found.w.meta["val"], b, choice, logits.meta["val"].dtype, RouteSpec(**attributes)
-    )
+    if kind == "cuda":
+        refusal = triton_gate.supports(x, w, b, found.product.meta["val"].dtype)
+    else:
+        refusal = gate.supports(x, w, b, choice, logits.meta["val"].dtype, RouteSpec(**attributes))
     return found if refusal is None else None
 
 
 def fuse(call: fx.Node, found: Gate) -> None:
-    """Replaces call and product by `braze::gate_into`."""
+    """Replaces call and product by `braze::gate_into`; on CUDA the product by a launch."""
+    if compat.platform(found.product.meta["val"].device) == "cuda":
+        _launch(found)
+        return
     logits, bias = _arguments(call)
     dtype = logits.meta["val"].dtype
     attributes: Any = call.kwargs
@@ -76,6 +84,18 @@ def fuse(call: fx.Node, found: Gate) -> None:
     call.graph.erase_node(call)
 
 
+def _launch(found: Gate) -> None:
+    value = found.product.meta["val"]
+    overlap = inductor.overlaps_launches(value.device)
+
+    def body(*tensors: Tensor) -> tuple[Tensor]:
+        x, w, *b = tensors
+        return (triton_gate.launch(x, w, b[0] if b else None, value.dtype, inductor.start, overlap),)
+
+    inputs = [n for n in (found.x, found.w, found.b) if n is not None]
+    inline_all([found.product], inputs, body, inductor.decompositions())
+
+
 def lower(weights: Any, ids: Any, x: Any, w: Any, b: Any, bias: Any, *, logits: torch.dtype, **attributes: Any) -> None:
     """`braze::gate_into` as the call."""
     spec = RouteSpec(**attributes)
@@ -98,17 +118,18 @@ def _arguments(call: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     return logits, bias if isinstance(bias, fx.Node) else None
 
 
-def _product(call: fx.Node) -> Gate | None:
+def _product(call: fx.Node, alone: bool) -> Gate | None:
+    """alone: where nothing but the call reads it."""
     node, reader = _arguments(call)[0], call
-    while node.target is aten.alias.default and _only_for(node, reader):
+    while node.target is aten.alias.default and (_only_for(node, reader) or not alone):
         node, reader = node.args[0], node  # type: ignore[assignment]
-    if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs or not _only_for(node, reader):
+    if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
         return None
     *b, x, transposed = node.args
     w = _rows(transposed)
-    if w is None or (b and b[0].meta["val"].ndim != 1):  # type: ignore[union-attr]
+    if w is None or (alone and not _only_for(node, reader)) or (b and b[0].meta["val"].ndim != 1):  # type: ignore[union-attr]
         return None
-    return Gate(_stored(x), w, b[0] if b else None)  # type: ignore[arg-type]
+    return Gate(node, _stored(x), w, b[0] if b else None)  # type: ignore[arg-type]
 
 
 def _only_for(node: fx.Node, reader: fx.Node) -> bool:

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._higher_order_ops import triton_kernel_wrap
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._higher_order_ops.triton_kernel_wrap import (
     create_tma_stable_metadata,
     kernel_side_table,
     triton_kernel_wrapper_functional,
+    triton_kernel_wrapper_mutation,
 )
 from torch._inductor import config, ir
 from torch._inductor.compile_fx import compile_fx
@@ -30,6 +32,7 @@ from torch._inductor.virtualized import V, ops
 from torch.utils._python_dispatch import _disable_current_modes
 
 from braze.kernels.cpp.source import renamed
+from braze.kernels.triton import compat
 from braze.kernels.triton.choose_config import user_folder
 from braze.kernels.triton.compat import Box
 from braze.kernels.vendor import providers
@@ -310,14 +313,15 @@ def start(
 ) -> list[torch.Tensor]:
     """A launch (`braze.kernels.triton.compat.Start`) that becomes a node of the graph being traced.
 
-    Inductor then compiles the kernel ahead of time, plans its buffers, and starts it as it does its own. It passes no number
-    of registers on: Intel's Triton doubles them where a kernel spills more than 1000 bytes with 128.
+    Inductor then compiles the kernel ahead of time, plans its buffers, and starts it as it does its own, or before its
+    predecessor has ended (`launches_that_overlap`). It passes no number of registers on: Intel's Triton doubles them where a
+    kernel spills more than 1000 bytes with 128.
     """
     given = dict(zip(kernel.arg_names, args, strict=False))
     boxes = {name: arg for name, arg in given.items() if isinstance(arg, Box)}
     text = {name: value for name, value in constants.items() if isinstance(value, str)}
     results: Any = triton_kernel_wrapper_functional(
-        kernel_idx=kernel_side_table.add_kernel(_configured(kernel, warps, stages)),
+        kernel_idx=kernel_side_table.add_kernel(_configured(kernel, warps, stages, overlap)),
         constant_args_idx=kernel_side_table.add_constant_args(text),
         grid=[(*grid, 1, 1)[:3]],
         tma_descriptor_metadata={name: create_tma_stable_metadata(list(box.block)) for name, box in boxes.items()},
@@ -330,6 +334,12 @@ def start(
     return [results[name] for name in writes]
 
 
+def overlaps_launches(device: torch.device) -> bool:
+    """Whether launches inside a graph may overlap on a device. Where Inductor's own do (`enable_pdl`), it leaves out waits that
+    only kernels which start in order can do without."""
+    return compat.overlaps_launches(device) and not getattr(config.triton, "enable_pdl", False)
+
+
 def updated(op: Any, writes: Sequence[str], arguments: Mapping[str, Any]) -> list[torch.Tensor]:
     """A call of an op that writes into some of its arguments, as a node of the graph being traced: these with what it wrote.
 
@@ -340,12 +350,65 @@ def updated(op: Any, writes: Sequence[str], arguments: Mapping[str, Any]) -> lis
 
 
 @lru_cache(maxsize=1024)
-def _configured(kernel: Any, warps: int, stages: int | None) -> Any:
-    """The kernel with its launch options, in the only way that Inductor takes them."""
+def _configured(kernel: Any, warps: int, stages: int | None, overlap: bool) -> Any:
+    """The kernel with its launch options, in the only way that Inductor takes them, and with what `_Overlapping` looks for."""
     import triton
 
     options = {"num_warps": warps} | ({"num_stages": stages} if stages else {})
-    return triton.autotune([triton.Config({}, **options)], key=[])(kernel)
+    configured = triton.autotune([triton.Config({}, **options)], key=[])(kernel)
+    configured.braze_overlap = overlap
+    kernel.braze = configured.braze = True
+    return configured
+
+
+class _Overlapping(ir.UserDefinedTritonKernel):  # type: ignore[misc]
+    """A launch that may begin before its predecessor has ended: Triton's option for that, which Inductor does not pass on, is
+    put into what it writes as the kernel's definition. C++ wrappers launch without it, and the instructions do nothing then."""
+
+    def codegen(self, wrapper: Any) -> None:
+        if V.graph.cpp_wrapper:
+            super().codegen(wrapper)
+            return
+        define = wrapper.define_kernel
+
+        def defined(name: str, body: str, *rest: Any, **named: Any) -> Any:
+            return define(name, body.replace("triton_meta={", "triton_meta={'launch_pdl': True, ", 1), *rest, **named)
+
+        wrapper.define_kernel = defined
+        try:
+            super().codegen(wrapper)
+        finally:
+            del wrapper.define_kernel
+
+
+@cache
+def launches_that_overlap() -> None:
+    """Makes Inductor lower launches that `start` was told may overlap as `_Overlapping`, and all others as before.
+
+    What a kernel writes to is found from its code without the instructions for an overlap: Inductor does not know them, and
+    would take all its tensors for written.
+    """
+    own = lowerings[triton_kernel_wrapper_mutation]
+
+    def lower(*args: Any, **given: Any) -> Any:
+        before = len(V.graph.operations)
+        results = own(*args, **given)
+        if getattr(kernel_side_table.get_kernel(given["kernel_idx"]), "braze_overlap", False):
+            for operation in V.graph.operations[before:]:
+                if type(operation) is ir.UserDefinedTritonKernel:
+                    operation.__class__ = _Overlapping
+        return results
+
+    lowerings[triton_kernel_wrapper_mutation] = lower
+    names = ("identify_accessed_tensors", "identify_mutated_tensors")  # from torch 2.13 on, before
+    name = next(n for n in names if hasattr(triton_kernel_wrap, n))
+    find = getattr(triton_kernel_wrap, name)
+
+    def analysed(kernel: Any, given: Mapping[str, Any], *rest: Any) -> Any:
+        alone = {"OVERLAP": False} if "OVERLAP" in given and hasattr(kernel, "braze") else {}
+        return find(kernel, {**given, **alone}, *rest)
+
+    setattr(triton_kernel_wrap, name, analysed)
 
 
 def modes() -> Mapping[str, Mapping[str, Any]]:

@@ -1,6 +1,8 @@
 """Gives each semantic op its kernel: left whole for a registered lowering or kernel, or opened up into what it consists of."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -11,14 +13,15 @@ from braze.kernels.triton import mlp as triton_mlp
 from braze.kernels.triton import moe as triton_moe
 from braze.kernels.triton import route as triton_route
 from braze.kernels.triton.weights import Weights
-from braze.lowering import cpp_call, cpp_rope, gate, inductor, rope_loops, rotations, vendor
+from braze.lowering import cpp_call, cpp_rope, gate, inductor, places, rope_loops, rotations, shared, vendor
 from braze.lowering.choose import choose_apart, choose_mlp, choose_moe, choose_rope, choose_route, choose_separate
 from braze.lowering.inline import inline, inline_all
 from braze.lowering.rotations import Turn
 
 
 def register() -> None:
-    """Tells Inductor how to lower the semantic ops that stay in a graph, once; the ops must have been defined."""
+    """Tells Inductor how to lower the semantic ops that stay in a graph, and launches, once; the ops must have been defined."""
+    inductor.launches_that_overlap()
     inductor.register(torch.ops.braze.rope.default, rope_loops.lower)
     inductor.register(torch.ops.braze.rope_into.default, cpp_rope.lower)
     inductor.register(torch.ops.braze.gate_into.default, gate.lower)
@@ -34,6 +37,7 @@ def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str
     turns: list[Turn] = []
     choices: list[tuple[str, str]] = []
     place: dict[Turn, int] = {}
+    joins = shared.find(calls, forced)
     for call in calls:
         if call.target.name() == "braze::rope":  # type: ignore[union-attr]
             kernel, why, turn = _choose_rope(call, forced.get("rope", "auto"))
@@ -51,17 +55,20 @@ def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str
             _apply_route(call, kernel)
         elif call.target.name() == "braze::moe_separate":  # type: ignore[union-attr]
             kernel, why = choose_separate(call)
+        elif call.target.name() == "braze::mlp" and call in joins:  # type: ignore[union-attr]
+            kernel, why = "triton", "in the two launches of the experts that it is added to, each weight read once"
         elif call.target.name() == "braze::mlp":  # type: ignore[union-attr]
             kernel, why = choose_mlp(call, forced.get("mlp", "auto"))
             if kernel != "cpp":
-                inline(call, _launch_mlp if kernel == "triton" else _compose_mlp, inductor.decompositions())
+                launch = partial(_launch_mlp, overlap=_overlaps(call.args[2]))
+                inline(call, launch if kernel == "triton" else _compose_mlp, inductor.decompositions())
         elif call.target.name() == "braze::moe_apart":  # type: ignore[union-attr]
             kernel, why = choose_apart(call)
-            _apply_apart(call, kernel)
+            _apply_apart(call, kernel, joins.get(call))
         else:
             kernel, why = vendor.choose(call, "moe", forced.get("moe", "auto"), choose_moe)
-            _apply_moe(call, kernel)
-        choices.append((kernel, why))
+            _apply_moe(call, kernel, joins.get(call))
+        choices.append((kernel, f"{why}; its shared experts too" if call in joins and kernel == "triton" else why))
     graph = turns[0].call.graph if turns else None
     for group in rotations.pairs(turns):
         words = rotations.launch(group)
@@ -85,21 +92,32 @@ def _choose_rope(call: fx.Node, forced: str) -> tuple[str, str, Turn | None]:
     return kernel, why, found[0]
 
 
-def _apply_moe(call: fx.Node, kernel: str) -> None:
+def _apply_moe(call: fx.Node, kernel: str, join: shared.Join | None) -> None:
     by_vendor = vendor.composed("moe", kernel)
     if by_vendor is not None:
         inline(call, by_vendor, inductor.decompositions())
     elif kernel == "aten":
         inline(call, _compose_moe, inductor.decompositions())
+    elif kernel == "triton" and join is not None:
+        shared.fuse(join, _overlaps(call.args[4], join.mlp.args[2]))
     elif kernel == "triton" and _sized(call):
-        inline(call, _launch_moe, inductor.decompositions())
+        inline(call, partial(_launch_moe, overlap=_overlaps(call.args[4])), inductor.decompositions())
 
 
-def _apply_apart(call: fx.Node, kernel: str) -> None:
+def _apply_apart(call: fx.Node, kernel: str, join: shared.Join | None) -> None:
     if kernel != "triton":
         inline(call, _compose_apart if kernel == "aten" else _as_separate, inductor.decompositions())
+    elif join is not None:
+        shared.fuse(join, _overlaps(call.args[5], join.mlp.args[2]))
     elif _sized(call):
-        inline(call, _launch_apart, inductor.decompositions())
+        inline(call, partial(_launch_apart, overlap=_overlaps(call.args[5])), inductor.decompositions())
+
+
+def _overlaps(*down: Any) -> bool:
+    """Whether a call's launches may overlap. down: weights of the second product, which reads them before the first has ended:
+    they must be there before the graph runs, since whatever lies between the two launches may still be writing."""
+    there = all(places.base(w).op in ("placeholder", "get_attr") for w in down)
+    return there and inductor.overlaps_launches(down[0].meta["val"].device)
 
 
 def _sized(call: fx.Node) -> bool:
@@ -113,12 +131,12 @@ def _apply_route(call: fx.Node, kernel: str) -> None:
         _inline_results(call, by_vendor)
     elif kernel == "aten":
         _inline_results(call, _compose_route)
-    elif kernel == "triton":
-        _inline_results(call, _launch_route)
     else:
         product = gate.behind(call)
         if product is not None:
             gate.fuse(call, product)
+        if kernel == "triton":
+            _inline_results(call, _launch_route)
 
 
 def _inline_results(call: fx.Node, compose: Callable[..., tuple[Tensor, ...]]) -> None:
@@ -139,7 +157,8 @@ def _compose_route(logits, bias=None, **attributes):  # type: ignore[no-untyped-
 
 
 def _launch_route(logits, bias=None, **attributes) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    return triton_route.launch(logits, bias, RouteSpec(**attributes), start=inductor.start)
+    overlap = inductor.overlaps_launches(logits.device)
+    return triton_route.launch(logits, bias, RouteSpec(**attributes), inductor.start, overlap)
 
 
 def _compose_moe(x, ids, weights, w1, w2, b1=None, b2=None, **attributes):  # type: ignore[no-untyped-def]
@@ -154,8 +173,8 @@ def _compose_mlp(x, w1, w2, b1, b2, **attributes) -> Tensor:  # type: ignore[no-
     return separate.mlp(x, w1, w2, b1, b2, MoeSpec(**attributes))
 
 
-def _launch_mlp(x, w1, w2, b1, b2, **attributes) -> Tensor:  # type: ignore[no-untyped-def]
-    return triton_mlp.launch(x, w1, w2, b1, b2, MoeSpec(**attributes), start=inductor.start)
+def _launch_mlp(x, w1, w2, b1, b2, overlap=False, **attributes) -> Tensor:  # type: ignore[no-untyped-def]
+    return triton_mlp.launch(x, w1, w2, b1, b2, MoeSpec(**attributes), start=inductor.start, overlap=overlap)
 
 
 def _as_separate(x, ids, weights, gate, up, w2, b_gate, b_up, b2, **attributes):  # type: ignore[no-untyped-def]
@@ -163,10 +182,14 @@ def _as_separate(x, ids, weights, gate, up, w2, b_gate, b_up, b2, **attributes):
     return torch.ops.braze.moe_separate(x, ids, weights, *lists, **attributes)
 
 
-def _launch_apart(x, ids, weights, gate, up, w2, b_gate, b_up, b2, **attributes) -> Tensor:  # type: ignore[no-untyped-def]
+def _launch_apart(x, ids, weights, gate, up, w2, b_gate, b_up, b2, overlap=False, **attributes) -> Tensor:  # type: ignore[no-untyped-def]
     first, b1 = Weights(gate, up), separate.joined(b_gate, b_up)
-    return triton_moe.launch(x, ids, weights, first, w2, b1, b2, MoeSpec(**attributes), start=inductor.start)
+    return triton_moe.launch(
+        x, ids, weights, first, w2, b1, b2, MoeSpec(**attributes), start=inductor.start, overlap=overlap
+    )
 
 
-def _launch_moe(x, ids, weights, w1, w2, b1=None, b2=None, **attributes) -> Tensor:  # type: ignore[no-untyped-def]
-    return triton_moe.launch(x, ids, weights, w1, w2, b1, b2, MoeSpec(**attributes), start=inductor.start)
+def _launch_moe(x, ids, weights, w1, w2, b1=None, b2=None, overlap=False, **attributes) -> Tensor:  # type: ignore[no-untyped-def]
+    return triton_moe.launch(
+        x, ids, weights, w1, w2, b1, b2, MoeSpec(**attributes), start=inductor.start, overlap=overlap
+    )

@@ -117,7 +117,7 @@ def cache_write(call: fx.Node, axis: int) -> CacheWrite | str | None:
     if lie is None:
         return "the cache's dimensions are not a batch's, tokens, heads and their elements"
     strides, index_strides = lie
-    cache, held = _base(write.args[0]), write.args[0].meta["val"]  # type: ignore[arg-type, union-attr]
+    cache, held = base(write.args[0]), write.args[0].meta["val"]  # type: ignore[arg-type, union-attr]
     if held.dtype != call.meta["val"].dtype or held.storage_offset() != cache.meta["val"].storage_offset():
         return "the cache has another dtype, or is a part of a tensor"
     return CacheWrite(target, cache, strides, held.shape[dim], first, index, index_strides)
@@ -139,7 +139,8 @@ def _is_copy(node: fx.Node, user: fx.Node) -> bool:
     return a.dtype == b.dtype and a.ndim == b.ndim and all(map(_same, a.shape, b.shape))
 
 
-def _base(node: fx.Node) -> fx.Node:
+def base(node: fx.Node) -> fx.Node:
+    """What a node is a view of."""
     while node.target in _VIEWS:
         node = node.args[0]  # type: ignore[assignment]
     return node
@@ -147,7 +148,7 @@ def _base(node: fx.Node) -> fx.Node:
 
 def _updated(write: fx.Node) -> fx.Node | str:
     """The node that is a graph input with the write done: the write itself, or, in another shape, its only user."""
-    cache = _base(write.args[0])  # type: ignore[arg-type]
+    cache = base(write.args[0])  # type: ignore[arg-type]
     if cache.op != "placeholder":
         return "the cache is no input of the graph"
     node = write

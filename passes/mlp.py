@@ -7,7 +7,6 @@ tokens, two plain products and what lies between are what Inductor does as well.
 """
 
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from braze.kernels.cpp import mlp as cpp_mlp
 from braze.kernels.spec import MoeSpec
@@ -38,8 +37,6 @@ def find(graph: fx.Graph, sizes: Sizes) -> tuple[list[MlpSite], list[NearMiss]]:
 
 def _few(node: fx.Node) -> bool:
     rows = node.meta["val"]
-    if free_unbacked_symbols(rows.shape[0]):
-        return False  # which only a run tells
     return cpp_mlp.few(rows) or triton_mlp.few(rows)
 
 

@@ -72,7 +72,7 @@ def _without(product: Any) -> Padded | None:
         if len(parts) != 2 or parts[0].meta["val"].shape[0] != size[1] or not _zero(parts[1]):
             return None
         args[0], zeros = parts[0], (parts[1].args, dict(parts[1].kwargs))
-    made = _call(last, product.target, tuple(args), product.kwargs)
+    made = call(last, product.target, tuple(args), product.kwargs)
     last.replace_all_uses_with(made)
     return Padded(made, (a_pad, b_pad), tuple(cuts), zeros)
 
@@ -98,18 +98,18 @@ def _pad(p: Padded) -> None:
     args: list[Any] = list(product.args)
     for place, pad in zip(_FACTORS[product.target], p.pads, strict=True):
         if any(pad):
-            args[place] = _call(product, _PAD, (args[place], pad), {})
+            args[place] = call(product, _PAD, (args[place], pad), {})
     if p.zeros is not None:
-        zeros = _call(product, aten.full.default, *p.zeros)
-        args[0] = _call(product, aten.cat.default, ([args[0], zeros],), {})
-    last = _call(product, product.target, tuple(args), product.kwargs)
+        zeros = call(product, aten.full.default, *p.zeros)
+        args[0] = call(product, aten.cat.default, ([args[0], zeros],), {})
+    last = call(product, product.target, tuple(args), product.kwargs)
     for cut in p.cuts:
-        last = _call(product, aten.slice.Tensor, (last, *cut), {})
+        last = call(product, aten.slice.Tensor, (last, *cut), {})
     product.replace_all_uses_with(last)
     product.graph.erase_node(product)
 
 
-def _call(before: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Any) -> fx.Node:
+def call(before: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Any) -> fx.Node:
     """A node ahead of `before`, from the same place of the model."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, args, kwargs)

@@ -19,7 +19,8 @@ from braze.kernels.triton.weights import Weights
 
 def few(rows: Tensor) -> bool:
     """Whether rows, a tensor [T, .] that may be fake, are one, on a GPU of CUDA."""
-    return rows.shape[0] == 1 and compat.platform(rows.device) == "cuda"
+    tokens = rows.shape[0]  # a symbol is not to be asked
+    return isinstance(tokens, int) and tokens == 1 and compat.platform(rows.device) == "cuda"
 
 
 def supports(

@@ -20,7 +20,7 @@ from braze.kernels.triton import activation, compat, plan
 from braze.kernels.triton.choose_config import Config, Problem, choose_config
 from braze.kernels.triton.compat import Start
 from braze.kernels.triton.product import Product, Rows, product
-from braze.kernels.triton.weights import Weights
+from braze.kernels.triton.weights import Shared, Weights
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_EXPERTS = 2046
@@ -203,10 +203,12 @@ def launch(
     combine: bool = True,
     hooks: Hooks = NO_HOOKS,
     *,
+    shared: Shared | None = None,
     start: Start = compat.start,
     overlap: bool = False,
 ) -> Tensor:
-    """`run` without its checks, by whatever starts kernels; overlap: launches of the call may overlap."""
+    """`run` without its checks, by whatever starts kernels; overlap: launches of the call may overlap. shared: of one
+    token whose config has single rows."""
     tokens, k = ids.shape
     rows, hidden = tokens * k, x.shape[1]
     if out is None:
@@ -233,7 +235,7 @@ def launch(
     if config.rows == 1:
         from braze.kernels.triton import vector
 
-        return vector.launch(x, ids, weights, first, second, b1, b2, spec, config, out, combine, start, overlap)
+        return vector.launch(x, ids, weights, first, second, b1, b2, spec, config, out, combine, start, overlap, shared)
     found = prepare(ids, first.each.shape[0], config, start, overlap)
 
     split = config.second.split

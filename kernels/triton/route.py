@@ -23,6 +23,8 @@ if HAVE_TRITON:
     import triton
     import triton.language as tl
 
+    from braze.kernels.triton.intrinsics import launch_dependents, wait
+
     @triton.jit
     def _scores(x, peak, total, SCORING: tl.constexpr):
         """Scores of logits; peak and total: their largest and the sum of exp(x - peak), for the softmax."""
@@ -77,8 +79,13 @@ if HAVE_TRITON:
         EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr, SCORING: tl.constexpr, ON_SCORES: tl.constexpr,
         BIAS: tl.constexpr, GROUPS: tl.constexpr, OPEN: tl.constexpr, TOP2: tl.constexpr, ZERO: tl.constexpr,
         RENORM: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, SIZE: tl.constexpr, CHOSEN: tl.constexpr,
+        OVERLAP: tl.constexpr,
     ):  # fmt: skip
-        """ROWS tokens a program; experts lie in WIDE groups of SIZE places, powers of two; CHOSEN places for results."""
+        """ROWS tokens a program; experts lie in WIDE groups of SIZE places, powers of two; CHOSEN places for results. OVERLAP:
+        launches before and after may overlap with this one."""
+        if OVERLAP:
+            launch_dependents()
+            wait()
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
         inside = row < rows
         source = logits + row.to(tl.int64) * stride
@@ -158,8 +165,10 @@ def run(logits: Tensor, bias: Tensor | None, spec: RouteSpec) -> tuple[Tensor, T
     return launch(logits, bias, spec)
 
 
-def launch(logits: Tensor, bias: Tensor | None, spec: RouteSpec, start: Start = compat.start) -> tuple[Tensor, Tensor]:
-    """`run` without its checks, by whatever starts kernels."""
+def launch(
+    logits: Tensor, bias: Tensor | None, spec: RouteSpec, start: Start = compat.start, overlap: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`run` without its checks, by whatever starts kernels; overlap: with those before and after."""
     lead, experts = logits.shape[:-1], logits.shape[-1] - spec.shared
     x = logits.reshape(-1, logits.shape[-1])
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -187,8 +196,10 @@ def launch(logits: Tensor, bias: Tensor | None, spec: RouteSpec, start: Start = 
         "WIDE": wide,
         "SIZE": size,
         "CHOSEN": _power(spec.top_k + spec.shared),
+        "OVERLAP": overlap,
     }
     grid = ((rows + tokens - 1) // tokens,)
     warps = compat.spread(x, 2 * tokens * wide * size, WARPS)  # choices have 64 bits
-    weights, ids = start(route_kernel, grid, arguments, constants, ["weights", "ids"], warps=warps)
+    written = ["weights", "ids"]
+    weights, ids = start(route_kernel, grid, arguments, constants, written, warps=warps, overlap=overlap)
     return weights.reshape(*lead, weights.shape[1]), ids.reshape(*lead, ids.shape[1])

@@ -67,6 +67,19 @@ class Weights:
         return self.table is None and one and compat.takes_descriptor(stored(self.each, layout))
 
 
+@dataclass(frozen=True)
+class Shared:
+    """An expert that every token has, n times as wide as the others, its results times one number or not.
+
+    gate and up [n * I, H], down [H, n * I], rows contiguous and as far apart as theirs in gate and up; factor [1] or None.
+    """
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    factor: Tensor | None
+
+
 def _takes_block(w: Tensor, layout: str) -> bool:
     second_half = w.shape[1] // 2 * w.stride(1) if layout == "halves" else 0
     return compat.takes_block(w if w.stride(2) == 1 else w.transpose(1, 2), second_half)
