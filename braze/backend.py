@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from braze import floats
+from braze import floats, scalars
 from braze import ops as _ops  # noqa: F401  (registers the semantic ops)
 from braze.lowering import inductor
 from braze.lowering.lower import lower
 from braze.options import Options
 from braze.passes import pipeline
-from braze.passes.sites import GraphReport
+from braze.passes.sites import GraphReport, NearMiss
 
 log = logging.getLogger("braze")
 
@@ -48,19 +48,22 @@ def fuse_graph(
     """Runs passes and lowering over one post-grad graph in place; RequirementError where a required kind is missing.
 
     guards: whether what is compiled is guarded, so that symbolic numbers may be fixed. given: the floats among the graph's
-    inputs; NeedsFloats where a site needs to know some.
+    inputs; NeedsFloats where a site needs to know some. StillRead where the graph was captured for its experts to be fused
+    with sizes that they read, and reads some still.
     """
     nodes = len(graph.nodes)
     result = pipeline.run(graph, options.disable, options.strict, guards, given)
     if result.floats:
         raise floats.NeedsFloats(result.floats)
+    scalars.check(graph, result.near_misses)
     choices = lower([call for call, _ in result.calls], options.kernel)
     findings = [
         replace(finding, kernel=kernel, why=why)
         for (_, finding), (kernel, why) in zip(result.calls, choices, strict=True)
     ]
     graph.lint()
-    report = GraphReport(nodes, tuple(findings), tuple(result.near_misses), tuple(result.errors), result.seconds)
+    misses = (*scalars.held_back(), *result.near_misses)
+    report = GraphReport(nodes, tuple(findings), misses, tuple(result.errors), result.seconds)
     _tell(report)
     _require(report, options)
     return report
@@ -138,12 +141,14 @@ def braze(
     ValueError for an unknown option, value or mode; RequirementError where a required kind was not fused.
     """
     parsed = Options.parse(options, mode)
+    if scalars.break_at_sizes(gm):
+        raise scalars.capture()
     ended = getattr(gm, "compile_subgraph_reason", None)
     if ended is not None and ended.graph_break:
         _tell_break(ended.reason.partition("\n")[0])
     told: list[GraphReport] = []
     ours = False  # whether what goes wrong may be braze's
-    given, needed = floats.given(gm), set[int]()
+    given, needed, misses = floats.given(gm), set[int](), list[NearMiss]()
 
     def fuse(graph: fx.Graph) -> None:
         nonlocal ours
@@ -151,9 +156,10 @@ def braze(
         same = len(graph.find_nodes(op="placeholder")) == len(example_inputs)
         try:
             told.append(fuse_graph(graph, parsed, given=floats.values(given) if same else None))
-        except (RequirementError, floats.NeedsFloats) as e:
+        except (RequirementError, floats.NeedsFloats, scalars.StillRead) as e:
             ours = False
             needed.update(getattr(e, "inputs", ()))
+            misses.extend(getattr(e, "misses", ()))
             raise
         ours = bool(told[-1].sites)
 
@@ -163,6 +169,10 @@ def braze(
         if needed:
             _retract(told)
             raise floats.capture_again(given, needed) from None
+        if scalars.captured():
+            _retract(told)
+            log.info("the graph ends where sizes are read from a tensor, after all", exc_info=e)
+            raise scalars.give_up(misses) from None
         if parsed.strict or not ours:
             raise
         error = e

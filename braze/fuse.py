@@ -7,7 +7,8 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 
-from braze.loops import capture_settings, without_loops
+from braze import scalars
+from braze.loops import splits_by_numbers, without_loops
 from braze.options import Options
 
 T = TypeVar("T")
@@ -48,9 +49,8 @@ def fuse(
         if isinstance(t, nn.Module):
             without_loops(t)
             t.compile(backend=_backend(chosen), dynamic=dynamic, fullgraph=fullgraph)
-            settings = capture_settings(t)
-            if settings:
-                t._compiled_call_impl = _within(settings, t._compiled_call_impl)  # type: ignore[assignment]
+            if splits_by_numbers(t):
+                t._compiled_call_impl = _with_numbers(t._compiled_call_impl)  # type: ignore[assignment]
             return t
         if isinstance(t, type) or not callable(t):
             raise TypeError(f"braze.fuse takes an nn.Module class, an instance of one, or a function, not {t!r}")
@@ -59,11 +59,11 @@ def fuse(
     return apply if target is None else apply(target)
 
 
-def _within(settings: dict[str, Any], call: Any) -> Callable[..., Any]:
-    """`call` under settings of torch._dynamo, which are as they were outside of it."""
+def _with_numbers(call: Any) -> Callable[..., Any]:
+    """`call`, captured with the numbers that it reads from tensors."""
 
     def compiled(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(settings):
+        with scalars.capturing():
             return call(*args, **kwargs)
 
     return compiled

@@ -72,12 +72,29 @@ def _looks_at_values(function: Any) -> bool:
     return any(sign in _source(function) for sign in _SIGNS)
 
 
-def capture_settings(model: nn.Module) -> dict[str, Any]:
-    """Settings of torch._dynamo.config under which a graph holds what `model` reads from tensors: rows split by numbers
-    read with tolist(), a product for each part. Only while such a model is called (`braze.fuse`)."""
-    sources = [_source(type(m).forward) for m in model.modules()]
-    splits = any(".tolist()" in s for s in sources) and any(".split(" in s for s in sources)
-    return {"capture_scalar_outputs": True} if splits else {}
+def splits_by_numbers(model: nn.Module) -> bool:
+    """Whether modules of `model` split rows by a list of numbers that they read with tolist(): a graph can hold that, with
+    what is computed of each part, and is told to while such a model is called (`braze.fuse`)."""
+    sources = [_source(f) for kind in {type(m) for m in model.modules()} for f in _called(kind)]
+    return any(".tolist()" in s for s in sources) and any("split(" in s for s in sources)
+
+
+def _called(kind: type[nn.Module]) -> list[Any]:
+    """The forward of a class, and the functions and methods that it calls by their names."""
+    found: list[Any] = [kind.forward]
+    for function in found:  # which grows
+        inner = inspect.unwrap(function)
+        names = inner.__code__.co_names if inspect.isfunction(inner) and not _of_torch(inner) else ()
+        for name in names:
+            own = getattr(kind, name, None) if name not in _METHODS_OF_TORCH else None
+            called = own or inner.__globals__.get(name)
+            if inspect.isfunction(called) and called not in found:
+                found.append(called)
+    return found
+
+
+def _of_torch(function: Any) -> bool:
+    return str(function.__module__).partition(".")[0] == "torch"
 
 
 @lru_cache(maxsize=4096)

@@ -205,6 +205,8 @@ def present(expr: Expr, ev: Elements) -> Expr:
         if e not in memo:
             if e.op == "where" and masks_absent(e.args[0], ev):
                 memo[e] = go(e.args[2])
+            elif e.op == "where" and _is_of_an_expert(e.args[0], ev):
+                memo[e] = go(e.args[1])
             else:
                 args = [go(a) for a in e.args]
                 memo[e] = e if all(a is b for a, b in zip(args, e.args, strict=True)) else ev.make(e.op, *args)
@@ -220,6 +222,16 @@ def masks_absent(condition: Expr, ev: Elements) -> bool:
     if condition.op != "ge" or condition.args[1].const is None:
         return False
     return condition.args[0].op == "load" and not condition.args[0].args[0].meta["val"].is_floating_point()
+
+
+def _is_of_an_expert(condition: Expr, ev: Elements) -> bool:
+    """Whether a condition is `place < where the last expert's rows end`, of a place in sorted order."""
+    if condition.op == "load":
+        condition = ev.at(*condition.args)
+    if condition.op != "lt" or condition.args[0].op != "inverse" or condition.args[1].op != "load":
+        return False
+    node, idx = condition.args[1].args
+    return node.target is aten.cumsum.default and idx == (ev.shape(node)[0] - 1,)
 
 
 def _is_bias(atom: Expr, last: int, ev: Elements) -> bool:

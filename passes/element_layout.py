@@ -8,7 +8,7 @@ from torch import fx
 
 from braze.passes.element_args import argument, split_part, tensor_of
 from braze.passes.element_gathers import sorted_element
-from braze.passes.elements import Elements, Expr, Position, handles, is_complex
+from braze.passes.elements import LIST, Elements, Expr, Position, handles, is_complex
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -265,7 +265,7 @@ def _divided(index: Expr, size: int) -> tuple[Expr | None, int]:
 @handles(aten.stack.default)
 def _stack(ev: Elements, node: fx.Node, idx: Position) -> Expr | None:
     d = int(argument(node, 1, "dim", 0)) % len(ev.shape(node))
-    if not isinstance(idx[d], int):
+    if not isinstance(idx[d], int) or LIST in node.meta:
         return None
     return ev.at(node.args[0][idx[d]], idx[:d] + idx[d + 1 :])  # type: ignore[index]
 

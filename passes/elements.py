@@ -19,6 +19,8 @@ from torch import fx
 Index = "int | Expr"
 Position = tuple[Any, ...]
 
+#: Where a node that stacks tensors says that it is a name for their list alone (braze.passes.separate): it is a leaf.
+LIST = "braze_list"
 #: A sum over more elements than this is a leaf.
 MAX_SUM = 512
 

@@ -109,7 +109,7 @@ def _looks_like_experts(pair: Pair, ev: Elements) -> bool:
     if products.is_grouped(pair.second):
         return True
     side = products.weight_side(pair.second, (0,) * len(ev.shape(pair.second)), pair.second_left, ev, cast=True)
-    return side is not None and side.weight.op in ("placeholder", "get_attr")
+    return side is not None and separate.is_given(side.weight)
 
 
 def _rows_left(product: fx.Node, ev: Elements) -> bool:
@@ -120,7 +120,7 @@ def _rows_left(product: fx.Node, ev: Elements) -> bool:
         if side is not None and isinstance(side.expert, Expr):
             return left
     right = sides[False]
-    return right is None or right.weight.op not in ("placeholder", "get_attr")
+    return right is None or not separate.is_given(right.weight)
 
 
 def _site(pair: Pair, ev: Elements) -> MoeSite:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import fx
 
-from braze.passes import bases, batches, experts, mlp, norm, padding, proof, rope, routers, splits
+from braze.passes import bases, batches, experts, mlp, norm, padding, proof, rope, routers, side_by_side, splits
 from braze.passes.elements import Sizes
 from braze.passes.proofs import Proofs
 from braze.passes.rewrite import clean, rewrite, rewrite_norm, share, source_nodes
@@ -123,8 +123,12 @@ def _run(
 def _find(
     graph: fx.Graph, disable: Collection[Kind], strict: bool, result: Result, proven: Callable[[Site | NormSite], None]
 ) -> None:
+    placed: list[side_by_side.Placed] = []
     if "moe" not in disable:
-        _guarded(partial(splits.group, graph), "products of split rows", 0, strict, result)
+        result.near_misses += _guarded(partial(splits.group, graph), "products of split rows", [], strict, result)
+        place = partial(side_by_side.place, graph)
+        placed, misses = _guarded(place, "experts side by side", ([], []), strict, result)
+        result.near_misses += misses
     prove = Proofs(graph, proven)
     for kind, find in _RECOGNISERS:
         if kind in disable:
@@ -139,6 +143,8 @@ def _find(
         if kind == "rope":
             share([call for call, _ in result.calls[done:]])
         _clean(graph, result)  # what fused sites leave behind would look like other uses to the next kind
+        if kind == "moe":
+            _guarded(partial(side_by_side.put_back, placed), "experts side by side", None, strict, result)
     _guarded(partial(_join_norms, result, prove), "norms before rotations", None, strict, result)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from braze.passes.elements import Elements, trail
+from braze.passes.elements import LIST, Elements, trail
 from braze.passes.products import Side
 from braze.passes.sites import MoeSite
 
@@ -19,8 +19,6 @@ aten = torch.ops.aten
 
 
 _CAST = torch.ops.prims.convert_element_type.default
-#: Where a name for a list keeps the list: a model's own stacks are none.
-_LIST = "braze_list"
 #: Where a name for gate and up of two tensors keeps the two.
 _APART = "braze_apart"
 #: Where a weight of which a site has a view keeps the tensor itself, and how its value is made of the view's.
@@ -160,8 +158,8 @@ def weights(
     whole = _whole([[s.of for s in row] for row in ups], ev), _whole([[s.of for s in row] for row in lows], ev)
     if whole[0] is not None and whole[1] is not None:
         return whole[0], whole[1], transposed
-    w1 = _named([[s.weight for s in row] for row in ups], 1 if transposed else 0, before)
-    return w1, _named([[s.weight for s in row] for row in lows], 0, before), transposed
+    w1 = name([[s.weight for s in row] for row in ups], 1 if transposed else 0, before)
+    return w1, name([[s.weight for s in row] for row in lows], 0, before), transposed
 
 
 def biases(rows: Sequence[Sequence[Stored]], listed: bool, before: fx.Node, ev: Elements) -> fx.Node | None:
@@ -172,7 +170,7 @@ def biases(rows: Sequence[Sequence[Stored]], listed: bool, before: fx.Node, ev: 
     if any(len(g) != len(row) for g, row in zip(given, rows, strict=True)):
         raise NotStored("only some of the experts' products have a bias")
     whole = _whole([[s.bias_of for s in row] for row in rows], ev)
-    return whole if whole is not None and not listed else _named(given, 0, before)
+    return whole if whole is not None and not listed else name(given, 0, before)
 
 
 def _whole(rows: Sequence[Sequence[tuple[fx.Node, int] | None]], ev: Elements) -> fx.Node | None:
@@ -184,12 +182,13 @@ def _whole(rows: Sequence[Sequence[tuple[fx.Node, int] | None]], ev: Elements) -
     return found[0][0] if ev.shape(found[0][0])[0] == len(rows) else None
 
 
-def _named(rows: Sequence[Sequence[fx.Node]], dim: int, before: fx.Node) -> fx.Node:
+def name(rows: Sequence[Sequence[fx.Node]], dim: int, before: fx.Node) -> fx.Node:
+    """A name for a list of tensors, each row put together along `dim`."""
     with before.graph.inserting_before(before):
         parts = [row[0] if len(row) == 1 else called(aten.cat.default, list(row), dim) for row in rows]
-        name = called(aten.stack.default, parts)
-    name.meta[_LIST] = [n for row in rows for n in row]
-    return name
+        found = called(aten.stack.default, parts)
+    found.meta[LIST] = [n for row in rows for n in row]
+    return found
 
 
 def called(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -208,7 +207,12 @@ def turned(node: fx.Node) -> fx.Node:
 
 def lists(node: fx.Node | None) -> list[fx.Node]:
     """The tensors that a name for a list stands for, gate before up where they are apart; none for other nodes."""
-    return list(node.meta.get(_LIST, ())) if node is not None else []
+    return list(node.meta.get(LIST, ())) if node is not None else []
+
+
+def is_given(node: fx.Node) -> bool:
+    """Whether a node is a tensor that the graph is given, or a name for a list."""
+    return node.op in ("placeholder", "get_attr") or LIST in node.meta
 
 
 def apart(node: fx.Node | None) -> list[fx.Node]:
@@ -223,10 +227,12 @@ def named(
     view where that needs one."""
     with before.graph.inserting_before(before):
         w1, b1 = (
-            _together(nodes, dim)
+            _together(nodes, dim, before)
             for nodes, dim in (([s.weight for s in sides], 2 if sides[0].transposed else 1), (biases, 1))
         )
         w2 = down.weight
+        if lists(w2) and sides[0].transposed != down.transposed:
+            raise NotStored("the experts' weights are stored in different orders")
         if sides[0].transposed != down.transposed:
             w2 = turned(down.weight)
             w2.meta[_SEEN] = down.weight, lambda value: value.transpose(1, 2)
@@ -250,12 +256,15 @@ def sources(node: fx.Node | None) -> list[fx.Node]:
     return [*lists(node), *apart(node), *seen]
 
 
-def _together(nodes: Sequence[fx.Node], dim: int) -> fx.Node | None:
+def _together(nodes: Sequence[fx.Node], dim: int, before: fx.Node) -> fx.Node | None:
     if len(nodes) < 2:
         return nodes[0] if nodes else None
-    name = called(aten.cat.default, list(nodes), dim)
-    name.meta[_APART] = list(nodes)
-    return name
+    if all(map(lists, nodes)):
+        rows = [list(row) for row in zip(*map(lists, nodes), strict=True)]
+        return name(rows, dim - 1, before)
+    together = called(aten.cat.default, list(nodes), dim)
+    together.meta[_APART] = list(nodes)
+    return together
 
 
 def parts_of(node: fx.Node, value: Tensor) -> dict[fx.Node, Tensor]:

@@ -73,6 +73,11 @@ def _with_floats(graph: fx.Graph, floats: Mapping[int, float]) -> dict[fx.Node, 
     return places
 
 
+def symbolic(node: fx.Node) -> Any:
+    """What a node gives, by symbols in a copy with numbers too."""
+    return node.meta.get(_SYMBOLIC, node.meta["val"])
+
+
 def _ends(site: Site | NormSite) -> tuple[list[fx.Node], list[fx.Node]]:
     """What a site gives, and what it is given."""
     if isinstance(site, RopeSite):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from braze.passes import products
+from braze.passes import products, separate
 from braze.passes.elements import HANDLERS, Elements, Expr, Unknown
 from braze.passes.sites import NearMiss, source_line
 
@@ -56,7 +56,7 @@ def _kind(product: fx.Node, ev: Elements) -> object:
             if side is None or (experts := ev.shape(side.weight)[0]) < 2:
                 continue
             picked = isinstance(side.expert, Expr)
-            if picked or side.weight.op in ("placeholder", "get_attr"):
+            if picked or separate.is_given(side.weight):
                 return _Batched(experts, picked)
     except (Unknown, RecursionError):  # a size that only a run tells
         pass

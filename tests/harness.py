@@ -10,7 +10,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.decomposition import decompositions
 from torch._inductor.lowering import lowerings
 
-from braze.loops import capture_settings
+from braze.loops import splits_by_numbers
 from braze.lowering.inductor import no_modes
 from braze.passes import pipeline
 
@@ -69,7 +69,8 @@ class Fused:
             assert_known(gm.graph, before)
 
         torch._dynamo.reset()
-        self.settings = capture_settings(model) if isinstance(model, nn.Module) else {}
+        splits = isinstance(model, nn.Module) and splits_by_numbers(model)
+        self.settings = {"capture_scalar_outputs": True} if splits else {}
         self.compiled = torch.compile(model, backend=compiled_by(fuse), dynamic=dynamic)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
