@@ -5,7 +5,6 @@ and AOTInductor; there sites are found, proven, rewritten to semantic ops, and e
 """
 
 import contextlib
-import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from braze import floats, scalars
+from braze import breaks, floats, scalars
 from braze import ops as _ops  # noqa: F401  (registers the semantic ops)
 from braze.lowering import inductor
 from braze.lowering.lower import lower
@@ -43,13 +42,17 @@ def collect() -> Iterator[list[GraphReport]]:
 
 
 def fuse_graph(
-    graph: fx.Graph, options: Options, guards: bool = True, given: Mapping[int, float] | None = None
+    graph: fx.Graph,
+    options: Options,
+    guards: bool = True,
+    given: Mapping[int, float] | None = None,
+    broken: Sequence[NearMiss] = (),
 ) -> GraphReport:
     """Runs passes and lowering over one post-grad graph in place; RequirementError where a required kind is missing.
 
     guards: whether what is compiled is guarded, so that symbolic numbers may be fixed. given: the floats among the graph's
     inputs; NeedsFloats where a site needs to know some. StillRead where the graph was captured for its experts to be fused
-    with sizes that they read, and reads some still.
+    with sizes that they read, and reads some still. broken: what is told of the break that the graph ends at.
     """
     nodes = len(graph.nodes)
     result = pipeline.run(graph, options.disable, options.strict, guards, given)
@@ -62,7 +65,7 @@ def fuse_graph(
         for (_, finding), (kernel, why) in zip(result.calls, choices, strict=True)
     ]
     graph.lint()
-    misses = (*scalars.held_back(), *result.near_misses)
+    misses = (*(scalars.held_back() or broken), *result.near_misses)
     report = GraphReport(nodes, tuple(findings), misses, tuple(result.errors), result.seconds)
     _tell(report)
     _require(report, options)
@@ -119,16 +122,6 @@ def _retract(told: Sequence[GraphReport]) -> None:
             reports.remove(report)
 
 
-@functools.lru_cache(maxsize=256)
-def _tell_break(reason: str) -> None:
-    """Says once for each reason that a model was captured in pieces."""
-    log.warning(
-        "only a piece of the model was captured (%s): what lies across the break is not fused. braze.fuse(model) takes loops "
-        "over experts out of it; torch.compile(fullgraph=True) shows other breaks",
-        reason,
-    )
-
-
 def braze(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -143,9 +136,7 @@ def braze(
     parsed = Options.parse(options, mode)
     if scalars.break_at_sizes(gm):
         raise scalars.capture()
-    ended = getattr(gm, "compile_subgraph_reason", None)
-    if ended is not None and ended.graph_break:
-        _tell_break(ended.reason.partition("\n")[0])
+    broken = breaks.told(gm)
     told: list[GraphReport] = []
     ours = False  # whether what goes wrong may be braze's
     given, needed, misses = floats.given(gm), set[int](), list[NearMiss]()
@@ -155,7 +146,7 @@ def braze(
         ours = True
         same = len(graph.find_nodes(op="placeholder")) == len(example_inputs)
         try:
-            told.append(fuse_graph(graph, parsed, given=floats.values(given) if same else None))
+            told.append(fuse_graph(graph, parsed, given=floats.values(given) if same else None, broken=broken))
         except (RequirementError, floats.NeedsFloats, scalars.StillRead) as e:
             ours = False
             needed.update(getattr(e, "inputs", ()))

@@ -37,10 +37,29 @@ def is_routed_loop(module: nn.Module) -> bool:
         return False
     arguments = _arguments(type(module).forward)[1:]
     needed = [p for p in arguments if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    own = [f for k in _kinds(module) for f in vars(k).values() if inspect.isfunction(f)]
-    if len(needed) != 1 or not any("for " in _source(f) and _looks_at_values(f) for f in own):
+    if len(needed) != 1:
         return False
-    return any(isinstance(m, nn.ModuleList | nn.ModuleDict) and _alike(m) for m in module.modules())
+    if any("for " in _source(f) and _looks_at_values(f) for f in _functions(module)):
+        return any(isinstance(m, nn.ModuleList | nn.ModuleDict) and _alike(m) for m in module.modules()) or any(
+            _names_experts(module, f) for f in _functions(module)
+        )
+    return any(map(_loops_with_more, module.children()))
+
+
+def _loops_with_more(module: nn.Module) -> bool:
+    """Whether a module's forward loops over experts and takes more than (x, ids, weights), such as the scores of all experts:
+    what calls it tells what these are."""
+    function = type(module).forward
+    loops = "for " in _source(function) and _looks_at_values(function)
+    return loops and len(_arguments(function)) > 4 and _names_experts(module, function)
+
+
+def _names_experts(module: nn.Module, function: Any) -> bool:
+    return "expert" in (type(module).__name__ + _source(function)).lower()
+
+
+def _functions(module: nn.Module) -> list[Any]:
+    return [f for k in _kinds(module) for f in vars(k).values() if inspect.isfunction(f)]
 
 
 def _alike(modules: nn.Module) -> bool:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import braze
-from braze.backend import _tell_break, collect
+from braze import breaks
+from braze.backend import collect
 from braze.loops import is_loop, without_loops
 from braze.unlooped import Unlooped
 from braze.unlooping import KeepsLoop, unlooped
@@ -303,7 +304,7 @@ def test_where_gradients_are_recorded_it_is_the_loop() -> None:
 
 def test_a_captured_piece_is_told_with_what_to_do(caplog: pytest.LogCaptureFixture) -> None:
     torch._dynamo.reset()
-    _tell_break.cache_clear()
+    breaks.tell.cache_clear()
     model: Any = torch.compile(Block(Stacked()), backend="braze")
     with caplog.at_level(logging.WARNING, "braze"), torch.no_grad():
         model(tokens())
