@@ -106,6 +106,8 @@ def _scores(terms: Sequence[Term], root: fx.Node, ev: Elements) -> tuple[fx.Node
     scores = terms[0].weight.args[0]
     if any(t.weight.args[0] is not scores for t in terms):
         raise NoLoop("the experts' scores are columns of different tensors")
+    if ev.shape(scores)[-1] != len({t.expert for t in terms}):  # the others may be all that was chosen
+        raise NoLoop("there are scores of more experts than the loop has")
     flat = separate.rows_of(scores, ev.shape(scores)[-1], ev, root)
     return flat, flat
 

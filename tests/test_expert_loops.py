@@ -390,6 +390,15 @@ class Everyone(Loop):
         return sum((scores[:, e, None] * f(x) for e, f in enumerate(self.experts)), torch.zeros_like(x))
 
 
+class FirstOnly(Loop):
+    """Scores of all experts, some chosen; experts of the first half."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).softmax(-1)
+        scores = torch.zeros_like(scores).scatter(1, self.route(x)[1], 1.0) * 0.5 + scores
+        return sum((scores[:, e, None] * self.experts[e](x) for e in range(E // 2)), torch.zeros_like(x))
+
+
 class BiasOfNothing(OnInput):
     """With biases, an expert that is not chosen gives something."""
 
@@ -436,6 +445,7 @@ REFUSED: dict[str, tuple[type[Loop], str]] = {
     "weight on input, an expert chosen twice": (ChosenTwice, "one may be chosen twice"),
     "weight on half of the input": (HalfWeighted, "only some of the experts' inputs are weighted"),
     "no sum": (Largest, "are not added up"),
+    "scores of more experts": (FirstOnly, "scores of more experts"),
 }
 
 
