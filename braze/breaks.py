@@ -4,6 +4,7 @@ import ast
 import linecache
 import logging
 from functools import lru_cache
+from typing import Any
 
 from torch import fx
 
@@ -14,10 +15,16 @@ log = logging.getLogger("braze")
 _ON_VALUES = ("Dynamic shape operator", "Data dependent operator", "Data-dependent", "data-dependent", "Tensor.item()")
 
 
+def end(gm: fx.GraphModule) -> Any | None:
+    """What Dynamo says of the break that a captured graph ended at, a reason and a stack; None where it ended at no break."""
+    ended = getattr(gm, "compile_subgraph_reason", None)
+    return ended if ended is not None and ended.graph_break else None
+
+
 def told(gm: fx.GraphModule) -> tuple[NearMiss, ...]:
     """Says that a graph ended at a break, if it did; the near miss where that was in a loop over experts."""
-    ended = getattr(gm, "compile_subgraph_reason", None)
-    if ended is None or not ended.graph_break:
+    ended = end(gm)
+    if ended is None:
         return ()
     reason = ended.reason.partition("\n")[0]
     tell(reason)

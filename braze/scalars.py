@@ -16,6 +16,7 @@ from torch._dynamo.callback import CallbackArgs, callback_handler
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 from torch._guards import CompileContext
 
+from braze import breaks
 from braze.passes.sites import NearMiss
 
 #: What `capture_scalar_outputs` was before each time that a frame's compilation set it; empty while none has.
@@ -41,8 +42,8 @@ class StillRead(Exception):
 
 def break_at_sizes(gm: fx.GraphModule) -> bool:
     """Whether a captured graph ended where the program reads a list of numbers from a tensor, and may be captured again."""
-    ended = getattr(gm, "compile_subgraph_reason", None)
-    if ended is None or not ended.graph_break or captured():
+    ended = breaks.end(gm)
+    if ended is None or captured():
         return False
     now = CompileContext.try_get()
     if now is None or now in _given_up:

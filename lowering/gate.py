@@ -50,10 +50,7 @@ def behind(call: fx.Node) -> Gate | None:
 
 
 def fuse(call: fx.Node, found: Gate) -> None:
-    """Replaces call and product by `braze::gate_into`; on CUDA the product by a launch."""
-    if compat.platform(found.product.meta["val"].device) == "cuda":
-        _launch(found)
-        return
+    """Replaces call and product by `braze::gate_into`."""
     logits, bias = _arguments(call)
     dtype = logits.meta["val"].dtype
     attributes: Any = call.kwargs
@@ -84,7 +81,8 @@ def fuse(call: fx.Node, found: Gate) -> None:
     call.graph.erase_node(call)
 
 
-def _launch(found: Gate) -> None:
+def launch(found: Gate) -> None:
+    """Replaces the product by a launch."""
     value = found.product.meta["val"]
     overlap = inductor.overlaps_launches(value.device)
 

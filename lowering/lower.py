@@ -133,10 +133,12 @@ def _apply_route(call: fx.Node, kernel: str) -> None:
         _inline_results(call, _compose_route)
     else:
         product = gate.behind(call)
-        if product is not None:
-            gate.fuse(call, product)
         if kernel == "triton":
+            if product is not None:
+                gate.launch(product)
             _inline_results(call, _launch_route)
+        elif product is not None:
+            gate.fuse(call, product)
 
 
 def _inline_results(call: fx.Node, compose: Callable[..., tuple[Tensor, ...]]) -> None:

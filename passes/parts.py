@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from braze.passes.draft import Draft
 from braze.passes.elements import Elements, Unknown, trail
-from braze.passes.separate import called, turned
 
 aten = torch.ops.aten
 CAST = torch.ops.prims.convert_element_type.default
@@ -27,9 +27,9 @@ class NotParts(Exception):
     """Why what is computed of the parts is not computed of all rows at once."""
 
 
-@dataclass
-class Lift:
-    """Lifts tuples of nodes, one for each part, to nodes on all rows, new ones before `before`; `erase` takes them away.
+@dataclass(kw_only=True)
+class Lift(Draft):
+    """Lifts tuples of nodes, one for each part, to nodes on all rows.
 
     sizes: what splits rows; rows: of what is split, by the tensor that is. ends: where each part ends, int32 [E].
     """
@@ -37,9 +37,7 @@ class Lift:
     sizes: Sequence[Any]
     rows: dict[fx.Node, fx.Node]
     ends: fx.Node
-    before: fx.Node
     ev: Elements
-    new: list[fx.Node] = field(default_factory=list)
     products: int = 0
     _memo: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
@@ -55,17 +53,6 @@ class Lift:
         for node in inside - cats:
             if not _is_part(node) and not inside.issuperset(node.users):
                 raise NotParts(f"{node.name}, computed of one expert's rows, is used elsewhere")
-
-    def erase(self) -> None:
-        for node in reversed(self.new):
-            node.graph.erase_node(node)
-
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new call."""
-        with self.before.graph.inserting_before(self.before):
-            node = called(target, *args, **kwargs)
-        self.new.append(node)
-        return node
 
     def _lifted(self, parts: tuple[Any, ...]) -> Any:
         if not _differ(parts):
@@ -115,9 +102,7 @@ class Lift:
         if weight.meta["val"].dtype != like.dtype:
             weight = self.call(CAST, weight, like.dtype)
         if not as_multiplied:
-            with self.before.graph.inserting_before(self.before):
-                weight = turned(weight)
-            self.new.append(weight)
+            weight = self.call(aten.permute.default, weight, [0, 2, 1])
         native = like.device.type != "cpu" and like.dtype == torch.bfloat16
         target = aten._grouped_mm.default if native else torch.ops.braze.grouped_mm.default
         self.products += 1
@@ -129,15 +114,8 @@ class Lift:
         if any(spec != flat[0][1] for _, spec in flat):
             raise NotParts(f"experts are computed in different ways: {parts[0].name} and {parts[1].name}")
         leaves = [self(same) for same in zip(*(leaves for leaves, _ in flat), strict=True)]
-        args = torch.utils._pytree.tree_unflatten(leaves, flat[0][1])
-        if parts[0].target is operator.getitem:
-            with self.before.graph.inserting_before(self.before):
-                node = self.before.graph.call_function(operator.getitem, args)
-            node.meta["val"] = args[0].meta["val"][args[1]]
-            self.new.append(node)
-        else:
-            node = self.call(parts[0].target, *args, **parts[0].kwargs)
-        return self._like(parts[0], node)
+        args = tree_unflatten(leaves, flat[0][1])
+        return self._like(parts[0], self.call(parts[0].target, *args, **parts[0].kwargs))
 
     def _like(self, part: fx.Node, node: fx.Node) -> fx.Node:
         node.meta = {**part.meta, "val": node.meta["val"]}

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from braze.passes import separate
-from braze.passes.separate import called
+from braze.passes.draft import Draft
 from braze.passes.sites import NearMiss, source_line
 
 aten = torch.ops.aten
@@ -52,7 +52,7 @@ def place(graph: fx.Graph) -> tuple[list[Placed], list[NearMiss]]:
         pieces: Any = cat.args[0]
         if len(pieces) < 2 or len(set(pieces)) < len(pieces) or not _multiplies(pieces[0]):
             continue
-        lift = _Lift(cat, len(pieces))
+        lift = _Lift(cat, experts=len(pieces))
         try:
             found.append(_placed(cat, tuple(pieces), lift))
         except NotAlike as e:
@@ -147,11 +147,9 @@ def _joined(root: fx.Node, cat: fx.Node, dim: int, lift: "_Lift") -> fx.Node:
     return lift.call(aten.reshape.default, root, lift.sizes(shape))
 
 
-@dataclass
-class _Lift:
-    before: fx.Node
+@dataclass(kw_only=True)
+class _Lift(Draft):
     experts: int
-    new: list[fx.Node] = field(default_factory=list)
     source: fx.Node | None = None
     reader: fx.Node | None = None
     products: int = 0
@@ -172,17 +170,6 @@ class _Lift:
     def inside(self) -> set[fx.Node]:
         """The nodes that are computed of the parts."""
         return self._own
-
-    def erase(self) -> None:
-        for node in reversed(self.new):
-            if not node._erased:
-                node.graph.erase_node(node)
-
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        with self.before.graph.inserting_before(self.before):
-            node = called(target, *args, **kwargs)
-        self.new.append(node)
-        return node
 
     def sizes(self, shape: Sequence[Any]) -> list[Any]:
         """A shape as an argument: one size may be what is left."""
@@ -260,10 +247,8 @@ class _Lift:
             rank = whole.meta["val"].ndim - 1
             self._memo[splits] = self.call(first.target, whole, first.args[1], dim % rank + 1)
             self._own.update(splits)
-        with self.before.graph.inserting_before(self.before):
-            node = self.before.graph.call_function(operator.getitem, (self._memo[splits], parts[0].args[1]))
-        node.meta = {**parts[0].meta, "val": self._memo[splits].meta["val"][parts[0].args[1]]}
-        self.new.append(node)
+        node = self.call(operator.getitem, self._memo[splits], parts[0].args[1])
+        node.meta = {**parts[0].meta, "val": node.meta["val"]}
         self._own.update(parts)
         return node
 
@@ -298,17 +283,14 @@ class _Lift:
 
     def _operand(self, same: list[Any]) -> Any:
         """An argument of all parts: what they have in common, or the node that they are parts of."""
-        if all(type(a) is type(same[0]) and a == same[0] for a in same):
-            if (
-                isinstance(same[0], fx.Node)
-                and same[0].op == "call_function"
-                and isinstance(same[0].meta.get("val"), Tensor)
-            ):
-                raise NotAlike("a part is computed of something else as well")
-            if isinstance(same[0], fx.Node) and isinstance(same[0].meta.get("val"), Tensor):
-                return self.call(aten.expand.default, same[0], [self.experts, *same[0].meta["val"].shape])
-            return same[0]
-        return self(tuple(same))
+        one = same[0]
+        if any(type(a) is not type(one) or a != one for a in same):
+            return self(tuple(same))
+        if not (isinstance(one, fx.Node) and isinstance(one.meta.get("val"), Tensor)):
+            return one
+        if one.op == "call_function":
+            raise NotAlike("a part is computed of something else as well")
+        return self.call(aten.expand.default, one, [self.experts, *one.meta["val"].shape])
 
     def _aligned(self, arg: Any, rank: int) -> Any:
         """An operand [experts, ...] with as many dimensions behind as a result's part has."""

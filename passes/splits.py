@@ -16,9 +16,9 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
 
+from braze.passes.draft import Draft
 from braze.passes.elements import Elements, Sizes, Unknown
-from braze.passes.parts import Lift, NotParts, is_split
-from braze.passes.separate import called
+from braze.passes.parts import CAST, Lift, NotParts, is_split
 from braze.passes.settle import symbolic
 from braze.passes.sites import NearMiss, source_line
 
@@ -128,10 +128,9 @@ def _group(parts: Parts, ev: Elements) -> fx.Node:
     rows: dict[Any, fx.Node] = {s.args[0]: _whole(s, parts) for s in _splits_by(sizes)}
     like = rows[parts.split.args[0]].meta["val"]
     on_device = _on(counts, like.device)
-    with parts.cat.graph.inserting_before(parts.cat):
-        running = called(aten.cumsum.default, on_device, 0)
-        ends = called(prims.convert_element_type.default, running, torch.int32)
-    lift = Lift(sizes, rows, ends, parts.cat, ev, [running, ends])
+    draft = Draft(parts.cat)
+    ends = draft.call(CAST, draft.call(aten.cumsum.default, on_device, 0), torch.int32)
+    lift = Lift(parts.cat, draft.new, sizes=sizes, rows=rows, ends=ends, ev=ev)
     try:
         product = lift(parts.pieces)
         lift.private(set(parts.cats))

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
-from torch.nn.functional import silu
 
 from braze import xpu_sim
 from braze.kernels.triton import compat
 from braze.lowering import inductor
+from tests import gathered
 from tests.harness import assert_close
 
 OPTION = "'launch_pdl': True"
@@ -29,8 +29,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.router(x).softmax(-1).topk(2)
         w2 = self.w2.cos() if self.made else self.w2
-        g, u = torch.einsum("th,tknh->tkn", x, self.w1[ids]).chunk(2, -1)
-        return (torch.einsum("tkn,tkhn->tkh", silu(g) * u, w2[ids]) * weights[..., None]).sum(1)
+        return gathered.experts(x, weights, ids, self.w1, w2)
 
 
 @pytest.mark.parametrize("made", [False, True])
