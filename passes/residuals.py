@@ -69,8 +69,10 @@ def _is_sum(node: fx.Node) -> bool:
     """Whether a node adds two floating tensors that are like it."""
     if node.target is not aten.add.Tensor or node.kwargs or len(node.all_input_nodes) != 2:
         return False
-    like = {(str(tuple(n.meta["val"].shape)), n.meta["val"].dtype) for n in (node, *node.all_input_nodes)}
-    return len(like) == 1 and node.meta["val"].is_floating_point()
+    values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
+    if not all(isinstance(v, torch.Tensor) and v.is_floating_point() for v in values):  # a number may be a symbol
+        return False
+    return len({(str(tuple(v.shape)), v.dtype) for v in values}) == 1  # type: ignore[union-attr]
 
 
 def _next(node: fx.Node) -> fx.Node | None:

@@ -154,3 +154,15 @@ def test_a_sum_that_is_used_on_its_way_ends_there() -> None:
         assert_close(got, expected.detach(), 1e-5)
     assert fused.count("moe") == [1]
     assert any("not 0 up to their number" in r for r in fused.reasons)
+
+
+def test_a_symbolic_number_that_is_added_is_no_residual() -> None:
+    class Shifted(FromTokens):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + x.shape[0]
+
+    model = Shifted()
+    fused = Fused(model, dynamic=True)
+    for n in (T, 11):
+        assert_close(fused(tokens(n)), exact(model, tokens(n)), 1e-5)
+    assert set(fused.count("moe")) == {1}, fused.reasons
