@@ -20,6 +20,9 @@ from braze.passes.separate import is_plain
 
 aten = torch.ops.aten
 
+#: What says of a node that it adds to a sum of experts what that started from (braze.passes.residuals): the sum ends before.
+TOTAL = "braze_total"
+
 
 class NoLoop(NoExperts):
     """Why products that are masked and added up are no expert block."""
@@ -95,7 +98,7 @@ def behind(seeds: Iterable[fx.Node]) -> set[fx.Node]:
     out = set(seeds)
     for node in min(out).graph.nodes if out else ():
         handled = node.target in HANDLERS or node.target is aten.bmm.default
-        if handled and any(n in out for n in node.all_input_nodes):
+        if handled and TOTAL not in node.meta and any(n in out for n in node.all_input_nodes):
             out.add(node)
     return out
 

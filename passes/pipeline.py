@@ -16,7 +16,20 @@ from typing import Any
 
 from torch import fx
 
-from braze.passes import bases, batches, experts, mlp, norm, padding, proof, rope, routers, side_by_side, splits
+from braze.passes import (
+    bases,
+    batches,
+    experts,
+    mlp,
+    norm,
+    padding,
+    proof,
+    residuals,
+    rope,
+    routers,
+    side_by_side,
+    splits,
+)
 from braze.passes.elements import Sizes
 from braze.passes.proofs import Proofs
 from braze.passes.rewrite import clean, rewrite, rewrite_norm, share, source_nodes
@@ -111,9 +124,12 @@ def _run(
     plain = {p.product for p in padded}  # these are padded again
     batched: list[fx.Node] = _guarded(partial(batches.make_batched, graph, plain), "one batch", [], strict, result)
     apart: list[bases.Apart] = []
+    started: list[residuals.Apart] = []
     if "moe" not in disable:
         apart = _guarded(partial(bases.take_apart, graph), "sums over a base", [], strict, result)
+        started = _guarded(partial(residuals.take_apart, graph), "sums of experts", [], strict, result)
     _find(graph, disable, strict, result, proven)
+    _guarded(partial(residuals.put_together, started), "sums of experts", None, strict, result)
     _guarded(partial(bases.put_together, apart), "sums over a base", None, strict, result)
     _guarded(partial(batches.make_plain, batched), "one batch", None, strict, result)
     _guarded(partial(padding.pad_again, padded), "padded products", None, strict, result)

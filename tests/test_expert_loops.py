@@ -336,12 +336,6 @@ class TwoRouters(Loop):
         return sum(((w * (ids.flip(-1) == e)).sum(-1, keepdim=True) * f(x) for e, f in enumerate(self.experts)))
 
 
-class FromTokens(Loop):
-    def forward(self, x: Tensor) -> Tensor:
-        w, ids = self.route(x)
-        return sum(((w * (ids == e)).sum(-1, keepdim=True) * f(x) for e, f in enumerate(self.experts)), x)
-
-
 class OtherActivation(Loop):
     def __init__(self) -> None:
         super().__init__()
@@ -447,14 +441,6 @@ REFUSED: dict[str, tuple[type[Loop], str]] = {
     "no sum": (Largest, "are not added up"),
     "scores of more experts": (FirstOnly, "scores of more experts"),
 }
-
-
-def test_a_sum_that_starts_from_something_else_is_told_of_once() -> None:
-    fused = Fused(FromTokens())
-    fused(tokens(T))
-    assert fused.count("moe") == [0]
-    (reason,) = fused.reasons
-    assert "a term without an expert's product" in reason
 
 
 @pytest.mark.parametrize("name", REFUSED)
