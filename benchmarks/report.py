@@ -318,6 +318,51 @@ def mlp(cells: Rows) -> str:
     )
 
 
+def models(cells: Rows) -> str:
+    """Whole models on a GPU beside the faster of the stock forms."""
+    rows, ratios = [], {"GPU": {}, "whole": {}}  # type: ignore[var-annotated]
+    for key in dict.fromkeys((c["model"], c["tokens"]) for c in cells):
+        own = {c["provider"]: c for c in cells if (c["model"], c["tokens"]) == key}
+        eager, braze = own.pop("eager"), own.pop("braze")
+        figures: list[str] = []
+        for kind, part in (("GPU", "gpu"), ("whole", "median")):
+            stock = min(c[part] for c in own.values())
+            ratio = stock / braze[part]
+            ratios[kind].setdefault("decode" if key[1] == 1 else "prefill", []).append(ratio)
+            figures += [f"{stock:.2f}", f"{braze[part]:.2f}", f"{ratio:.2f}"]
+        rows.append((*key, *figures, f"{eager['median']:.2f}"))
+    header = (
+        "model",
+        "tokens",
+        "GPU: stock ms",
+        "braze ms",
+        "ratio",
+        "whole call: stock ms",
+        "braze ms",
+        "ratio",
+        "eager ms",
+    )
+    named = {"GPU": "the GPU's time", "whole": "whole calls"}
+    return "\n".join(
+        (
+            "## Whole models on an H200\n",
+            f"`benchmarks/models.py --device cuda`: {cells[0]['layers']} layers of real size, bfloat16, in CUDA graphs,",
+            "the faster of transformers' forms under stock torch.compile in turn with eager and braze. One token: a step",
+            "with a static cache of 512 places. Whole calls: with the host's time, which is more than the GPU's for one token",
+            "of so few layers (guards, with CPU caches that the eager call before has left cold). The GPU's: of calls behind",
+            "a long kernel.\n",
+            *(
+                f"- {named[kind]}, {what}: {mean(some)}"
+                for kind, parts in ratios.items()
+                for what, some in parts.items()
+            ),
+            "",
+            table(header, rows),
+            "",
+        )
+    )
+
+
 def compile_time(cells: Rows) -> str:
     """What the passes add to a first call."""
     rows = [
@@ -353,6 +398,7 @@ SECTIONS: Mapping[str, Callable[[Any], str]] = {
     "moe_stored_h100": stored,
     "untuned_h100": untuned,
     "layers_h100": layers,
+    "models_h200": models,
     "mlp_h100": mlp,
     "rope_h100": rope,
     "rope_cpu": rope_cpu,
