@@ -24,6 +24,7 @@ from torch._higher_order_ops.triton_kernel_wrap import (
     triton_kernel_wrapper_mutation,
 )
 from torch._inductor import config, ir
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
@@ -409,6 +410,21 @@ def launches_that_overlap() -> None:
         return find(kernel, {**given, **alone}, *rest)
 
     setattr(triton_kernel_wrap, name, analysed)
+
+
+@cache
+def descriptors_of_views() -> None:
+    """Lets Inductor try kernels out for a C++ wrapper that read views through descriptors: it does so in Python, but spells the
+    view as C++ does. The example tensor that it makes under the base's name has the view's sizes already."""
+    own = PythonWrapperCodegen._generate_tma_descriptor_call_stable
+
+    def call(wrapper: Any, desc: Any, apply_size_hints: bool = False) -> str:
+        if not (apply_size_hints and V.graph.cpp_wrapper):
+            return own(wrapper, desc, apply_size_hints)  # type: ignore[no-any-return]
+        shape = V.graph.sizevars.optimization_hints(desc.block_shape)
+        return f"triton.tools.tensor_descriptor.TensorDescriptor.from_tensor({desc.get_tensor().get_name()}, {shape})"
+
+    PythonWrapperCodegen._generate_tma_descriptor_call_stable = call  # type: ignore[method-assign]
 
 
 def modes() -> Mapping[str, Mapping[str, Any]]:

@@ -22,6 +22,7 @@ from braze.lowering.rotations import Turn
 def register() -> None:
     """Tells Inductor how to lower the semantic ops that stay in a graph, and launches, once; the ops must have been defined."""
     inductor.launches_that_overlap()
+    inductor.descriptors_of_views()
     inductor.register(torch.ops.braze.rope.default, rope_loops.lower)
     inductor.register(torch.ops.braze.rope_into.default, cpp_rope.lower)
     inductor.register(torch.ops.braze.gate_into.default, gate.lower)
