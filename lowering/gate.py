@@ -1,5 +1,5 @@
-"""A router's product with few tokens: on CPU a part of the router's C++ call, from x to weights and ids; on CUDA a launch of
-its own, which Inductor's product, or two with their widened copies, takes longer than.
+"""A router's product: with few tokens on CPU a part of the router's C++ call, from x to weights and ids; on CUDA a launch of
+its own, which Inductor's product, or two with their widened copies, takes longer than, and with many a product of 16 bits.
 
 Widening is exact, so x and the weight are read as they are stored where the graph widens them before the product.
 """
@@ -20,6 +20,7 @@ from braze.lowering.inline import inline_all
 
 aten = torch.ops.aten
 _CAST = torch.ops.prims.convert_element_type.default
+HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,26 @@ def launch(found: Gate) -> None:
     inline_all([found.product], inputs, body, inductor.decompositions())
 
 
+def as_stored(call: fx.Node) -> bool:
+    """Makes the product behind a `braze::route` call on CUDA read what is stored where the graph widens both sides of it from
+    16 bits; whether it did. Products of 16-bit numbers are exact in float32, and summed in it by tensor cores."""
+    found = _product(call, alone=False)
+    if found is None or not compat.multiplies_into_float32(found.product.meta["val"].device):
+        return False
+    dtypes = [n.meta["val"].dtype for n in (found.x, found.w)]
+    if dtypes[0] not in HALF or dtypes[0] is not dtypes[1] or found.product.meta["val"].dtype is not torch.float32:
+        return False
+
+    def body(*tensors: Tensor) -> tuple[Tensor]:
+        x, w, *b = tensors
+        y = torch.mm(x, w.t(), out_dtype=torch.float32)
+        return (y + b[0] if b else y,)
+
+    inputs = [n for n in (found.x, found.w, found.b) if n is not None]
+    inline_all([found.product], inputs, body, inductor.decompositions())
+    return True
+
+
 def lower(weights: Any, ids: Any, x: Any, w: Any, b: Any, bias: Any, *, logits: torch.dtype, **attributes: Any) -> None:
     """`braze::gate_into` as the call."""
     spec = RouteSpec(**attributes)
@@ -145,6 +166,6 @@ def _rows(node: Any) -> fx.Node | None:
 def _stored(node: Any) -> fx.Node:
     """What a node widens to float32."""
     widens = node.target is _CAST and node.args[1] is torch.float32
-    if widens and node.args[0].meta["val"].dtype in (torch.bfloat16, torch.float16):
+    if widens and node.args[0].meta["val"].dtype in HALF:
         return node.args[0]  # type: ignore[no-any-return]
     return node  # type: ignore[no-any-return]

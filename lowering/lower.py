@@ -53,7 +53,7 @@ def lower(calls: Sequence[fx.Node], forced: Mapping[str, str]) -> list[tuple[str
                 inline(call, by_vendor, inductor.decompositions())
         elif call.target.name() == "braze::route":  # type: ignore[union-attr]
             kernel, why = vendor.choose(call, "router", forced.get("router", "auto"), choose_route)
-            _apply_route(call, kernel)
+            why += _apply_route(call, kernel)
         elif call.target.name() == "braze::moe_separate":  # type: ignore[union-attr]
             kernel, why = choose_separate(call)
         elif call.target.name() == "braze::mlp" and call in joins:  # type: ignore[union-attr]
@@ -126,7 +126,8 @@ def _sized(call: fx.Node) -> bool:
     return all(isinstance(s, int) for s in call.meta["val"].shape)
 
 
-def _apply_route(call: fx.Node, kernel: str) -> None:
+def _apply_route(call: fx.Node, kernel: str) -> str:
+    """What more there is to say of the choice."""
     by_vendor = vendor.composed("router", kernel)
     if by_vendor is not None:
         _inline_results(call, by_vendor)
@@ -135,11 +136,14 @@ def _apply_route(call: fx.Node, kernel: str) -> None:
     else:
         product = gate.behind(call)
         if kernel == "triton":
+            narrow = product is None and gate.as_stored(call)
             if product is not None:
                 gate.launch(product)
             _inline_results(call, _launch_route)
-        elif product is not None:
+            return "; the product before it reads 16 bits, no widened copies" if narrow else ""
+        if product is not None:
             gate.fuse(call, product)
+    return ""
 
 
 def _inline_results(call: fx.Node, compose: Callable[..., tuple[Tensor, ...]]) -> None:

@@ -91,6 +91,11 @@ def _address(x: Tensor) -> int:
     return int(x.storage_offset() * x.element_size()) if isinstance(x, FakeTensor) else x.data_ptr()
 
 
+def multiplies_into_float32(device: torch.device) -> bool:
+    """Whether torch multiplies 16-bit matrices into a float32 result there."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 @dataclass(frozen=True)
 class Box:
     """A tensor that a kernel reads in blocks of this shape through a descriptor, zeros beyond the tensor's ends."""
