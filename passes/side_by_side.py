@@ -57,7 +57,7 @@ def place(graph: fx.Graph) -> tuple[list[Placed], list[NearMiss]]:
             found.append(_placed(cat, tuple(pieces), lift))
         except NotAlike as e:
             lift.erase()
-            if _is_expert(pieces[0]):
+            if _are_experts(pieces):
                 reason = f"experts, each on its part of the rows, are not computed side by side: {e}"
                 misses.append(NearMiss("moe", cat.name, "find", reason, source_line([cat, pieces[0]])))
     return found, misses
@@ -100,7 +100,7 @@ def _placed(cat: fx.Node, pieces: tuple[fx.Node, ...], lift: "_Lift") -> Placed:
 
 
 def _between(piece: fx.Node) -> tuple[set[fx.Node], list[fx.Node]]:
-    """(what a piece is computed of, back to parts of something; these parts)."""
+    """(what a piece is computed of, back to parts of something; what took these parts)."""
     seen: set[fx.Node] = set()
     parts, stack = [], [piece]
     while stack and len(seen) < MAX_NODES:
@@ -109,7 +109,7 @@ def _between(piece: fx.Node) -> tuple[set[fx.Node], list[fx.Node]]:
             continue
         seen.add(node)
         if (part := _part_of(node)) is not None and part[0].op == "call_function" and not _is_by_columns(part):
-            parts.append(part[0])
+            parts.append(node)
         else:
             stack.extend(node.all_input_nodes)
     return seen, parts
@@ -124,14 +124,26 @@ def _multiplies(piece: fx.Node) -> bool:
     return sum(n.target in _PRODUCTS for n in _between(piece)[0]) > 1
 
 
-def _is_expert(piece: fx.Node) -> bool:
-    """Whether a piece is computed of a part of what a product made."""
-    for node in _between(piece)[1]:
-        while node.target in _VIEWS:
-            node = node.args[0]  # type: ignore[assignment]
-        if node.target in (aten.bmm.default, aten.mm.default):
-            return True
-    return False
+def _are_experts(pieces: Sequence[fx.Node]) -> bool:
+    """Whether each piece is computed of parts of its own, the first of a part of what a product made: two halves of what turns
+    share what was before them."""
+    taken = [_between(piece)[1] for piece in pieces]
+    if not all(taken):
+        return False
+    seen: set[fx.Node] = set()
+    for parts in taken:
+        if not seen.isdisjoint(parts):
+            return False
+        seen.update(parts)
+    return any(_is_product(n) for n in taken[0])
+
+
+def _is_product(part: fx.Node) -> bool:
+    """Whether a part is one of what a product made."""
+    node: Any = _part_of(part)[0]  # type: ignore[index]
+    while node.target in _VIEWS:
+        node = node.args[0]
+    return node.target in (aten.bmm.default, aten.mm.default)
 
 
 def _joined(root: fx.Node, cat: fx.Node, dim: int, lift: "_Lift") -> fx.Node:

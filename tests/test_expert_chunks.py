@@ -160,3 +160,24 @@ def test_compiled(kind: Any) -> None:
         for n in (T, 13):
             assert_close(compiled(tokens(n)), exact(m, tokens(n)), 1e-5)
     assert not any(r.errors for r in reports)
+
+
+class Channels(nn.Module):
+    """A gated convolution's channels, then halves that turn: parts, products and a cat, but no experts (lfm2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.out, self.q = nn.Linear(H, 3 * H, bias=False), nn.Linear(H, H), nn.Linear(H, H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, y = self.project(x).T[None].chunk(3, 1)
+        q = self.q(x + self.out((c * (b * y).cumsum(-1)).squeeze(0).T))
+        return torch.cat((-q[:, H // 2 :], q[:, : H // 2]), -1)
+
+
+def test_other_parts_are_not_told_of() -> None:
+    m = Channels()
+    fused = Fused(m)
+    assert_close(fused(tokens()), m.double()(tokens().double()), 1e-5)
+    assert fused.count("moe") == [0]
+    assert not [reason for reason in fused.reasons if "part of the rows" in str(reason)], fused.reasons
