@@ -87,9 +87,7 @@ def build(name: str, dtype: torch.dtype, layers: int, device: str = "cpu") -> An
 
     sizes = (SCALED if device == "cpu" else REAL)[name]
     config = getattr(transformers, f"{name}Config")(**sizes, num_hidden_layers=layers, vocab_size=1024, pad_token_id=0)
-    if (
-        name == "GptOss"
-    ):  # a sliding window's cache counts its tokens by a number in Python: no step's graph fits the next
+    if name == "GptOss":  # a sliding window's cache counts tokens by a number in Python: no step's graph fits the next
         config.layer_types = ["full_attention"] * layers
     torch.manual_seed(0)
     with torch.device(device):
@@ -97,20 +95,20 @@ def build(name: str, dtype: torch.dtype, layers: int, device: str = "cpu") -> An
 
 
 def forms(model: Any, tokens: int, device: str) -> dict[str, Any]:
-    """Compiled models that share their weights."""
+    """Compiled models that share their weights: braze's, and stock's in each form of the experts, where there are any."""
+    stock: dict[str, Any] = {"mode": "reduce-overhead"} if device == "cuda" else {}
+    options = {"triton.cudagraphs": True} if device == "cuda" else {}
 
     def sharing(experts: str) -> Any:
         twin = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
         twin.set_experts_implementation(experts)
         return twin
 
-    graphs = {"mode": "reduce-overhead"} if device == "cuda" else {}
-    options = {"triton.cudagraphs": True} if device == "cuda" else {}
-    names = STOCK if tokens < GATHERED else STOCK[:1]
     if type(model).__name__.startswith("Llama"):
-        names = ("dense",)
-    compiled = {n: torch.compile(model if n == "dense" else sharing(n), **graphs) for n in names}
-    own = model if names == ("dense",) else sharing("grouped_mm")
+        own, others = model, {"dense": model}
+    else:
+        own, others = sharing("grouped_mm"), {n: sharing(n) for n in (STOCK if tokens < GATHERED else STOCK[:1])}
+    compiled = {n: torch.compile(other, **stock) for n, other in others.items()}
     return {"braze": torch.compile(own, backend="braze", options=options), **compiled}
 
 
